@@ -1,0 +1,253 @@
+"""Algorithm 1 of arXiv 2506.05647: one weight per parameter group, learned without labels from the contributions.
+
+Every visit to a query needs its whole C_q, which is streamed in pieces of rows and never held. This is the reference
+that any faster route must equal.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+
+from gradstore.errors import DataError, SpecError
+from gradstore.numerics.generator import derive_key, normal, permutation, words
+
+INITIAL_DEVIATION = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSettings:
+    """Settings of Algorithm 1; the defaults are the paper's where it gives one.
+
+    Attributes
+    ----------
+    k
+        Number of best-scored rows whose mean score is raised.
+    epochs
+        E: visits to every query.
+    learning_rate
+        Of AdamW, falling to 0 over E * Q visits along a cosine.
+    weight_decay
+        Decoupled, on w_raw.
+    seed
+        Of the initial w_raw and of the order of the visits.
+    tile
+        Queries that are stored together: each epoch permutes the tiles, then the queries inside each.
+    """
+
+    k: int = 10
+    epochs: int = 10
+    learning_rate: float = 0.01
+    weight_decay: float = 0.1
+    seed: int = 0
+    tile: int = 1
+
+    def __post_init__(self) -> None:
+        for name, low in {"k": 1, "epochs": 1, "tile": 1, "weight_decay": 0}.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise SpecError(f"learn.{name}: found {getattr(self, name)}; accepted: at least {low}, and finite.")
+        if not 0 < self.learning_rate < math.inf:
+            raise SpecError(f"learn.learning_rate: found {self.learning_rate}; accepted: above 0, and finite.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LearnedWeights:
+    """The result of Algorithm 1.
+
+    Attributes
+    ----------
+    weights
+        w [M] = softmax(w_raw): positive, summing to 1.
+    weights_per_epoch
+        [E, M], w at the end of each epoch.
+    losses
+        [E * Q], the loss that each visit met; NaN where the query has zero norm and no step was taken.
+    visits
+        (epoch, query) of each visit.
+    """
+
+    weights: Float64[np.ndarray, " M"]
+    weights_per_epoch: Float64[np.ndarray, "E M"]
+    losses: Float64[np.ndarray, " visits"]
+    visits: tuple[tuple[int, int], ...]
+
+
+class Visit(NamedTuple):
+    """What one query's contributions say at one w; enough for the loss and its gradient."""
+
+    top_mean: Float64[np.ndarray, " M"]
+    """Mean of the k rows of C_q with the highest scores."""
+    response: Float64[np.ndarray, " M"]
+    """C_q^T S_q = A_q w, with A_q = C_q^T C_q."""
+    norm: float
+    """Norm of the scores, ||S_q||_2."""
+
+
+def learn_weights(
+    read: Callable[[int], Iterable[Float[np.ndarray, "_ M"]]],
+    *,
+    num_queries: int,
+    num_groups: int,
+    settings: LearnerSettings,
+) -> LearnedWeights:
+    r"""Fit the group weights by Algorithm 1.
+
+    .. math:: L_q(w) = - \frac{\operatorname{mean}(\text{top-}k \text{ of } S_q)}{\lVert S_q \rVert_2},
+              \quad S_q = C_q w, \quad w = \operatorname{softmax}(w_{raw})
+
+    (arXiv 2506.05647, eq. 6-7): one AdamW step per visit, E visits to every query. Scores are float64. Of rows with
+    equal scores at the k-th place the first is taken. A query whose scores are all zero takes no step, but counts for
+    the learning rate.
+
+    Parameters
+    ----------
+    read
+        C_q of a query, in consecutive pieces of rows [rows, M] that together hold every training row; called once per
+        visit.
+    num_queries, num_groups
+        Q and M.
+    settings
+        See `LearnerSettings`.
+
+    Raises
+    ------
+    SpecError
+        If there is no query, or k is above the number of training rows.
+    DataError
+        If C holds NaN or infinite values.
+    """
+    if num_queries < 1:
+        raise SpecError("data.learn: found 0 queries; the weights need at least 1.")
+    descent = Descent(num_queries=num_queries, num_groups=num_groups, settings=settings)
+    visits = visit_order(num_queries, settings)
+    losses, weights_per_epoch = [], []
+    for step, (_, query) in enumerate(visits, start=1):
+        losses.append(descent.step(visit_query(read(query), descent.weights, k=settings.k, query=query)))
+        if step % num_queries == 0:
+            weights_per_epoch.append(descent.weights)
+    return LearnedWeights(
+        weights=descent.weights,
+        weights_per_epoch=np.stack(weights_per_epoch),
+        losses=np.array(losses),
+        visits=tuple(visits),
+    )
+
+
+def initial_raw_weights(num_groups: int, *, seed: int) -> Float64[np.ndarray, " M"]:
+    """w_raw at the start: independent normal numbers with deviation 0.01."""
+    standard_1M = normal(derive_key(seed, "learner", "w_raw"), 1, num_groups)
+    return np.asarray(INITIAL_DEVIATION * standard_1M[0])
+
+
+def visit_order(num_queries: int, settings: LearnerSettings) -> list[tuple[int, int]]:
+    """(epoch, query) of all E * Q visits: each epoch permutes the tiles of queries, then the queries inside a tile."""
+    visits = []
+    for epoch in range(settings.epochs):
+        stream = words(derive_key(settings.seed, "learner", f"epoch {epoch}"), 2 * num_queries)
+        starts = np.arange(0, num_queries, settings.tile)
+        for start in starts[permutation(stream[num_queries : num_queries + len(starts)])]:
+            order = permutation(stream[start : min(start + settings.tile, num_queries)])
+            visits += [(epoch, int(start + place)) for place in order]
+    return visits
+
+
+def visit_query(
+    pieces: Iterable[Float[np.ndarray, "_ M"]], weights_M: Float64[np.ndarray, " M"], *, k: int, query: int
+) -> Visit:
+    """Read one query's contributions once; see `learn_weights` for the arguments and errors."""
+    best = _Best(k=k, num_groups=len(weights_M))
+    response_M, squares, num_rows = np.zeros_like(weights_M), 0.0, 0
+    for piece in pieces:
+        piece_NM = piece.astype(np.float64)
+        score_N = piece_NM @ weights_M
+        if not np.isfinite(score_N).all():
+            _refuse_non_finite(piece_NM, query, num_rows)
+        best.offer(score_N, piece_NM)
+        response_M += score_N @ piece_NM
+        squares += float(score_N @ score_N)
+        num_rows += len(piece_NM)
+    if k > num_rows:
+        raise SpecError(f"learn.k: found {k}; accepted: 1 to {num_rows}, the number of training examples.")
+    return Visit(best.rows_KM.mean(0), response_M, math.sqrt(squares))
+
+
+def loss_and_gradient(visit: Visit, weights_M: Float64[np.ndarray, " M"]) -> tuple[float, Float64[np.ndarray, " M"]]:
+    r"""L_q and its gradient with respect to w_raw.
+
+    With a = mean of the top-k rows of C_q, so that their mean score is a.w, and the norm's gradient A_q w / ||S||:
+
+    .. math:: \nabla_w L = - \frac{a}{\lVert S \rVert} + \frac{(a \cdot w) A_q w}{\lVert S \rVert^3},
+              \quad \nabla_{w_{raw}} L = w \odot (\nabla_w L - w \cdot \nabla_w L)
+    """
+    top_mean = float(visit.top_mean @ weights_M)
+    gradient_M = (top_mean / visit.norm**2 * visit.response - visit.top_mean) / visit.norm
+    return -top_mean / visit.norm, weights_M * (gradient_M - weights_M @ gradient_M)
+
+
+class Descent:
+    """The state of Algorithm 1 between visits: w_raw, AdamW's moments, and the place on the cosine.
+
+    Parameters
+    ----------
+    num_queries, num_groups
+        Q and M.
+    settings
+        See `LearnerSettings`.
+    """
+
+    def __init__(self, *, num_queries: int, num_groups: int, settings: LearnerSettings) -> None:
+        self._raw = torch.nn.Parameter(torch.from_numpy(initial_raw_weights(num_groups, seed=settings.seed)))
+        self._optimizer = torch.optim.AdamW([self._raw], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self._learning_rate = settings.learning_rate
+        self._total_visits = settings.epochs * num_queries
+        self._visits = 0
+
+    @property
+    def weights(self) -> Float64[np.ndarray, " M"]:
+        """The current w = softmax(w_raw)."""
+        return torch.softmax(self._raw.detach(), 0).numpy()
+
+    def step(self, visit: Visit) -> float:
+        """Take one step, unless the query's scores are all zero, and return the loss that was met."""
+        cosine = math.cos(math.pi * self._visits / self._total_visits)
+        self._visits += 1
+        if visit.norm == 0:
+            return math.nan
+        loss, gradient_M = loss_and_gradient(visit, self.weights)
+        self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 + cosine) / 2
+        self._raw.grad = torch.from_numpy(gradient_M)
+        self._optimizer.step()
+        return loss
+
+
+class _Best:
+    """The k rows with the highest scores so far, best first, earlier rows first among equals."""
+
+    def __init__(self, *, k: int, num_groups: int) -> None:
+        self._k = k
+        self._score_K = np.empty(0)
+        self.rows_KM = np.empty((0, num_groups))
+
+    def offer(self, score_N: Float64[np.ndarray, " N"], piece_NM: Float64[np.ndarray, "N M"]) -> None:
+        if len(self._score_K) == self._k:
+            # A later row must beat the k-th, not equal it.
+            better_N = score_N > self._score_K[-1]
+            if not better_N.any():
+                return
+            score_N, piece_NM = score_N[better_N], piece_NM[better_N]
+        score_S = np.concatenate([self._score_K, score_N])
+        order_K = np.argsort(-score_S, kind="stable")[: self._k]
+        self._score_K = score_S[order_K]
+        self.rows_KM = np.concatenate([self.rows_KM, piece_NM])[order_K]
+
+
+def _refuse_non_finite(piece_NM: Float64[np.ndarray, "N M"], query: int, first_row: int) -> None:
+    row, group = (int(place) for place in np.argwhere(~np.isfinite(piece_NM))[0])
+    raise DataError(
+        f"contributions of query {query}: training row {first_row + row} of group {group} is {piece_NM[row, group]}. "
+        "Such rows must be left out, or the features computed anew."
+    )
