@@ -1,0 +1,18 @@
+"""Artifacts: what stages make from features, each with its settings and the commit records of its units."""
+
+from gradstore.store.artifacts.artifact import ArtifactStatus, list_artifacts
+from gradstore.store.artifacts.contributions import ContributionArtifact, ContributionShape
+from gradstore.store.artifacts.kernel import KernelArtifact
+from gradstore.store.artifacts.queries import QueryArtifact
+from gradstore.store.artifacts.tables import ScoresArtifact, WeightsArtifact
+
+__all__ = [
+    "ArtifactStatus",
+    "ContributionArtifact",
+    "ContributionShape",
+    "KernelArtifact",
+    "QueryArtifact",
+    "ScoresArtifact",
+    "WeightsArtifact",
+    "list_artifacts",
+]

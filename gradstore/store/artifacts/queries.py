@@ -1,0 +1,106 @@
+"""Preconditioned query features: written once, loaded once by every worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
+from gradstore.store.backend import Storage
+from gradstore.store.blocks import Record, in_parallel
+from gradstore.store.codecs import encode_chunk
+from gradstore.store.layout import ArrayLayout, chunk_path, group_array
+
+_ARRAYS = "features"
+
+
+class QueryArtifact(Artifact):
+    """float32 [queries, features] of every group, at ``queries/<kernel>/<set>``; one unit is the whole."""
+
+    kind: ClassVar[str] = "queries"
+
+    @classmethod
+    def create(
+        cls,
+        storage: Storage,
+        kernel: str,
+        feature_set: str,
+        *,
+        settings: Mapping[str, Any],
+        queries: int,
+        widths: Mapping[str, int],
+    ) -> QueryArtifact:
+        """Create the artifact, or open the one that is there if its settings are equal.
+
+        Parameters
+        ----------
+        storage, kernel, feature_set
+            Where, and the names of the kernel and of the queries' feature set.
+        settings
+            What is compared: damping, the snapshot of the query set, and the kernel's settings.
+        queries
+            Number of queries.
+        widths
+            Features of every group, in the order of the groups.
+
+        Raises
+        ------
+        ContractError
+            If the artifact is there with other settings.
+        """
+        info = ArtifactInfo(
+            kind=cls.kind,
+            num_units=1,
+            settings={**settings, "queries": queries, "widths": dict(widths)},
+        )
+        arrays = {group_array(_ARRAYS, group): _layout(group, queries, width) for group, width in widths.items()}
+        return cls._create(storage, (kernel, feature_set), info, arrays=arrays, chunks={})
+
+    @classmethod
+    def open(cls, storage: Storage, kernel: str, feature_set: str) -> QueryArtifact:
+        """Open the artifact; NotReadyError if there is none of that name."""
+        return cls._open(storage, (kernel, feature_set))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Features of every group."""
+        return dict(self.settings["widths"])
+
+    def write(self, features: Mapping[str, npt.NDArray[np.float32]], *, facts: Mapping[str, Any]) -> Record:
+        """Write and commit the features, float32 [queries, k_j] by group."""
+        existing = self._committed(0)
+        if existing is not None:
+            return existing
+        assert set(features) == set(self.widths), "the features must be those of the artifact's groups"
+        payloads = {}
+        for group in self.widths:
+            layout = self._layout(group)
+            assert features[group].shape == layout.shape
+            payloads[chunk_path(group_array(_ARRAYS, group), 0, 0)] = encode_chunk(features[group], layout)
+        return self._write_unit(0, payloads, facts)
+
+    def read(self, group: str) -> npt.NDArray[np.float32]:
+        """Features of a group, float32 [queries, k_j]; NotReadyError if the artifact is not committed."""
+        return self._read_chunk(0, group_array(_ARRAYS, group), self._layout(group))
+
+    def read_all(self, groups: Sequence[str] | None = None) -> dict[str, npt.NDArray[np.float32]]:
+        """Features of some groups, by default of all; NotReadyError if the artifact is not committed."""
+        wanted = list(self.widths) if groups is None else list(groups)
+        self._record(0)
+        return dict(zip(wanted, in_parallel(self.read, wanted, threads=self.storage.concurrency), strict=True))
+
+    def _layout(self, group: str) -> ArrayLayout:
+        return _layout(group, self.settings["queries"], self.settings["widths"][group])
+
+
+def _layout(group: str, queries: int, width: int) -> ArrayLayout:
+    return ArrayLayout(
+        shape=(queries, width),
+        chunk_shape=(queries, width),
+        dtype="float32",
+        dimension_names=("query", f"feature:{group}"),
+        attributes={"group": group},
+    )

@@ -1,0 +1,112 @@
+"""Artifacts that are tables: learned weights, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
+from gradstore.store.backend import Storage
+from gradstore.store.blocks import Record
+from gradstore.store.codecs import decode_document, decode_table, encode_document, encode_table
+
+_WEIGHTS = "weights.parquet"
+_TRAJECTORY = "trajectory.parquet"
+_PROPONENTS = "proponents.parquet"
+_SUMMARY = "summary.json"
+
+
+class WeightsArtifact(Artifact):
+    """Learned weights w[j] and how they were reached, at ``weights/<name>``; one unit is the whole."""
+
+    kind: ClassVar[str] = "weights"
+
+    @classmethod
+    def create(cls, storage: Storage, name: str, *, settings: Mapping[str, Any]) -> WeightsArtifact:
+        """Create the artifact, or open the one that is there if its settings are equal.
+
+        Raises
+        ------
+        ContractError
+            If an artifact of that name is there with other settings.
+        """
+        return cls._create(
+            storage, (name,), ArtifactInfo(kind=cls.kind, num_units=1, settings=settings), arrays={}, chunks={}
+        )
+
+    @classmethod
+    def open(cls, storage: Storage, name: str) -> WeightsArtifact:
+        """Open the artifact; NotReadyError if there is none of that name."""
+        return cls._open(storage, (name,))
+
+    def write(self, weights: pa.Table, trajectory: pa.Table, *, facts: Mapping[str, Any]) -> Record:
+        """Write and commit the artifact.
+
+        Parameters
+        ----------
+        weights
+            One row for each group, in their order: group, depth, function, weight.
+        trajectory
+            One row for each step: step, epoch, query, loss, weights.
+        facts
+            What to keep in the record: seconds, versions.
+        """
+        payloads = {_WEIGHTS: encode_table(weights), _TRAJECTORY: encode_table(trajectory)}
+        return self._committed(0) or self._write_unit(0, payloads, facts)
+
+    def read(self) -> pa.Table:
+        """Return the weights; NotReadyError if they are not committed."""
+        return decode_table(self._read_object(_WEIGHTS))
+
+    def read_trajectory(self) -> pa.Table:
+        """Return the trajectory; NotReadyError if it is not committed."""
+        return decode_table(self._read_object(_TRAJECTORY))
+
+
+class ScoresArtifact(Artifact):
+    """Proponents and opponents of every query, and what they amount to, at ``scores/<name>``; one unit is the whole."""
+
+    kind: ClassVar[str] = "scores"
+
+    @classmethod
+    def create(cls, storage: Storage, name: str, *, settings: Mapping[str, Any]) -> ScoresArtifact:
+        """Create the artifact, or open the one that is there if its settings are equal.
+
+        Raises
+        ------
+        ContractError
+            If an artifact of that name is there with other settings.
+        """
+        return cls._create(
+            storage, (name,), ArtifactInfo(kind=cls.kind, num_units=1, settings=settings), arrays={}, chunks={}
+        )
+
+    @classmethod
+    def open(cls, storage: Storage, name: str) -> ScoresArtifact:
+        """Open the artifact; NotReadyError if there is none of that name."""
+        return cls._open(storage, (name,))
+
+    def write(self, proponents: pa.Table, summary: Mapping[str, Any], *, facts: Mapping[str, Any]) -> Record:
+        """Write and commit the artifact.
+
+        Parameters
+        ----------
+        proponents
+            One row for each query and place: query, rank, side (``proponent`` or ``opponent``), example, score, parts.
+        summary
+            Plain values: kernel, weights, precision_at_10, chance, baselines, tail patch.
+        facts
+            What to keep in the record: seconds, versions.
+        """
+        payloads = {_PROPONENTS: encode_table(proponents), _SUMMARY: encode_document(summary)}
+        return self._committed(0) or self._write_unit(0, payloads, facts)
+
+    def read(self) -> pa.Table:
+        """Return proponents and opponents; NotReadyError if they are not committed."""
+        return decode_table(self._read_object(_PROPONENTS))
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return the summary; NotReadyError if it is not committed."""
+        return decode_document(self._read_object(_SUMMARY), f"{self.storage.url}/{self.folder}/{_SUMMARY}")

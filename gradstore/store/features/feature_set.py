@@ -1,0 +1,258 @@
+"""Writing and reading the blocks of one feature set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from gradstore.errors import DataError, NotReadyError
+from gradstore.store.backend import Storage
+from gradstore.store.blocks import (
+    Buffers,
+    CommitLog,
+    ObjectEntry,
+    Record,
+    in_parallel,
+    publish_object,
+    read_chunk,
+    read_object,
+)
+from gradstore.store.codecs import Rounding, decode_table, encode_chunk, encode_table, from_half, to_half
+from gradstore.store.features.info import FeatureArray, SetInfo, Snapshot
+from gradstore.store.layout import chunk_path, part_path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    path: str
+    entry: ObjectEntry
+    rounding: Rounding
+    finite_rows: npt.NDArray[np.bool_]
+
+
+class FeatureSet:
+    """A feature set of a store; `FeatureStore.create_set` and `FeatureStore.open_set` make it.
+
+    Reading and writing are safe from several threads and, but for the buffers, from any number of processes.
+    """
+
+    def __init__(self, storage: Storage, info: SetInfo, inputs: Mapping[str, ObjectEntry]) -> None:
+        self.storage = storage
+        self.info = info
+        self.log = CommitLog(storage, f"{info.folder}/blocks")
+        self._inputs = inputs
+        self._buffers = Buffers()
+        self._arrays = {array.name: array for array in info.arrays}
+
+    def missing_blocks(self) -> list[int]:
+        """Blocks that are not committed, in order."""
+        return self.log.missing(self.info.num_blocks)
+
+    def snapshot(self, *, complete: bool = True) -> Snapshot:
+        """Return the blocks committed now.
+
+        Raises
+        ------
+        NotReadyError
+            If ``complete`` and a block is not committed.
+        """
+        units = self.log.committed_units()
+        if complete and len(units) < self.info.num_blocks:
+            raise NotReadyError(
+                f"{self._where}: {len(units)} of {self.info.num_blocks} blocks are committed. Run `gradstore featurize` "
+                "again: it computes the missing ones."
+            )
+        return Snapshot(feature_set=self.info.name, blocks=tuple(units.items()))
+
+    def read_inputs(self, block: int) -> pa.Table:
+        """What enters the model for a block's rows: the table that the creator gave.
+
+        Raises
+        ------
+        IntegrityError
+            If it is not what the creator wrote.
+        """
+        path = part_path("inputs", block)
+        return decode_table(read_object(self.storage, f"{self.info.folder}/{path}", self._inputs[path]))
+
+    def write_block(
+        self,
+        block: int,
+        features: Mapping[str, npt.NDArray[np.float32]],
+        *,
+        examples: pa.Table,
+        statistics: pa.Table,
+        facts: Mapping[str, Any],
+    ) -> Record:
+        """Write and commit a block, unless it is committed; return the record that counts.
+
+        Parameters
+        ----------
+        block
+            The block.
+        features
+            float32 [rows, k_j] of every group.
+        examples
+            The example table of the block's rows.
+        statistics
+            Covariances and counts of the block, one row for each group.
+        facts
+            What to keep in the record beside ``rows``, ``nan_rows`` (rows in which a feature is not finite),
+            ``saturated`` and ``flushed`` (values that float16 could not hold, and that it made zero), and
+            ``saturated_groups`` (where).
+
+        Raises
+        ------
+        DataError
+            If the features or examples do not have the block's shape, or a column has no type.
+        """
+        last = self.log.latest(block)
+        if last is not None and last.state == "committed":
+            return last
+        rows = self._check(block, features, examples)
+        self._check_types(block, examples, statistics)
+        written = in_parallel(
+            lambda array: self._write_chunk(block, array, features[array.name]),
+            self.info.arrays,
+            threads=self.storage.concurrency,
+        )
+        objects = {item.path: item.entry for item in written}
+        for part, table in (("examples", examples), ("statistics", statistics)):
+            path = part_path(part, block)
+            objects[path] = publish_object(self.storage, f"{self.info.folder}/{path}", encode_table(table))
+        finite_rows = np.logical_and.reduce([item.finite_rows for item in written])
+        rounding = sum((item.rounding for item in written), Rounding())
+        found = {
+            "rows": rows,
+            "nan_rows": rows - int(np.count_nonzero(finite_rows)),
+            "saturated": rounding.saturated,
+            "flushed": rounding.flushed,
+            "saturated_groups": [
+                array.name for array, item in zip(self.info.arrays, written, strict=True) if item.rounding.saturated
+            ],
+        }
+        return self.log.commit(block, objects, {**facts, **found})
+
+    def read_block(
+        self,
+        block: int,
+        names: Sequence[str] | None = None,
+        out: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Features of a committed block, by group: float32 [rows, k_j], in their true scale, checksums verified.
+
+        Parameters
+        ----------
+        block
+            The block.
+        names
+            Groups to read; all by default.
+        out
+            Contiguous float32 arrays [at least rows, k_j] to read into, by group; what is returned are views of them.
+            Without them new arrays are made, which costs about as much as the read.
+
+        Raises
+        ------
+        NotReadyError
+            If the block is not committed.
+        IntegrityError
+            If a chunk is not what the commit record says.
+        """
+        record = self._record(block)
+        names = list(self._arrays) if names is None else names
+        start, stop = self.info.block_range(block)
+        shapes = {name: (stop - start, self._arrays[name].features) for name in names}
+        into = {
+            name: np.empty(shape, np.float32) if out is None else out[name][: shape[0]]
+            for name, shape in shapes.items()
+        }
+        in_parallel(
+            lambda name: self._read_chunk(record, self._arrays[name], into[name]),
+            names,
+            threads=self.storage.concurrency,
+        )
+        return into
+
+    def read_examples(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the example table of the committed blocks, in the order of rows, or some of its columns."""
+        return self._read_parts("examples", lambda data: decode_table(data, columns))
+
+    def read_statistics(self) -> pa.Table:
+        """Return the statistics of the committed blocks, in the order of blocks."""
+        return self._read_parts("statistics", decode_table)
+
+    @property
+    def _where(self) -> str:
+        return f"{self.storage.url}/{self.info.folder}"
+
+    def _record(self, block: int) -> Record:
+        what = (
+            f"{self._where}: block {block} is not committed. Run `gradstore featurize`: it computes the missing blocks."
+        )
+        return self.log.require(block, what)
+
+    def _check(self, block: int, features: Mapping[str, npt.NDArray[np.float32]], examples: pa.Table) -> int:
+        start, stop = self.info.block_range(block)
+        rows = stop - start
+        where = f"{self._where}: block {block}"
+        if not 0 <= block < self.info.num_blocks:
+            raise DataError(f"{where}: the set has {self.info.num_blocks} blocks.")
+        if examples.num_rows != rows:
+            raise DataError(f"{where}: has {rows} rows; the example table has {examples.num_rows}.")
+        if set(features) != set(self._arrays):
+            strange = sorted(set(features) ^ set(self._arrays))
+            raise DataError(f"{where}: features and arrays of the set must be of the same groups; not so: {strange}.")
+        for name, array in self._arrays.items():
+            found = features[name]
+            if found.shape != (rows, array.features) or found.dtype != np.float32:
+                raise DataError(
+                    f"{where}: {name}: found {found.dtype} {list(found.shape)}; "
+                    f"the set takes float32 {[rows, array.features]}."
+                )
+        return rows
+
+    def _check_types(self, block: int, *tables: pa.Table) -> None:
+        """Refuse columns of nulls alone: as parquet they have no type, and the folder of parts no common schema."""
+        untyped = [column.name for table in tables for column in table.schema if pa.types.is_null(column.type)]
+        if untyped:
+            raise DataError(
+                f"{self._where}: block {block}: columns without a type: {', '.join(untyped)}. Give the tables a schema."
+            )
+
+    def _write_chunk(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32]) -> _Written:
+        layout = self.info.array_layout(array)
+        path = chunk_path(self.info.array_path(array.name), block, 0)
+        place, rounding = f"{self.info.folder}/{path}", Rounding()
+        if self.info.dtype == "float32":
+            entry = publish_object(self.storage, place, encode_chunk(values, layout))
+        else:
+            with self._buffers.borrow(values.size * layout.stored_dtype.itemsize) as buffer:
+                halves = buffer.view(layout.stored_dtype).reshape(values.shape)
+                rounding = to_half(values, array.scale, halves)
+                entry = publish_object(self.storage, place, encode_chunk(halves, layout))
+        finite_rows = np.logical_and.reduce(np.isfinite(values), axis=1)
+        return _Written(path=path, entry=entry, rounding=rounding, finite_rows=finite_rows)
+
+    def _read_chunk(self, record: Record, array: FeatureArray, out: npt.NDArray[np.float32]) -> None:
+        layout = self.info.array_layout(array)
+        path = chunk_path(self.info.array_path(array.name), record.unit, 0)
+        with self._buffers.borrow(layout.chunk_bytes) as buffer:
+            stored = read_chunk(self.storage, f"{self.info.folder}/{path}", record.objects[path], layout, buffer)
+            if self.info.dtype == "float16":
+                from_half(stored[: len(out)], array.scale, out)
+            else:
+                np.copyto(out, stored[: len(out)])
+
+    def _read_parts(self, part: str, decode: Callable[[bytes], pa.Table]) -> pa.Table:
+        def read(record: Record) -> pa.Table:
+            path = part_path(part, record.unit)
+            return decode(read_object(self.storage, f"{self.info.folder}/{path}", record.objects[path]))
+
+        records = self.log.committed().values()
+        tables = in_parallel(read, records, threads=self.storage.concurrency)
+        return pa.concat_tables(tables) if tables else pa.table({})

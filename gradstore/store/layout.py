@@ -1,0 +1,178 @@
+"""The format, version 1: where every object lies, and the Zarr metadata that lets other tools read the arrays.
+
+A store holds
+    gradstore.json                                    format version, feature contract, the run that made the store
+    features/<set>/set.json                           rows, blocks, arrays and data hash of a feature set
+    features/<set>/<member>/<group>                   Zarr array [rows, features]; a lone member is m0
+    features/<set>/inputs/<block>.parquet             what enters the model, written by the creator of the set
+    features/<set>/{examples,statistics}/<block>.parquet
+    features/<set>/blocks/<block>.<generation>.json   commit records
+    kernels/<name>/{eigenvalues,eigenvectors}/<group> Zarr arrays [d] and [d, d]
+    queries/<kernel>/<set>/features/<group>           Zarr array [queries, features]
+    contributions/<kernel>/<set>/values/c             Zarr array [queries, examples, groups]
+    weights/<name>/{weights,trajectory}.parquet
+    scores/<name>/{proponents.parquet,summary.json}
+and in the folder of each artifact, which are the last five,
+    artifact.json                                     settings and number of units
+    commits/<unit>.<generation>.json                  commit records
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from gradstore.errors import SpecError
+
+FORMAT_VERSION: Final = 1
+STORE_FILE: Final = "gradstore.json"
+SET_FILE: Final = "set.json"
+ARTIFACT_FILE: Final = "artifact.json"
+METADATA_FILE: Final = "zarr.json"
+LONE_MEMBER: Final = "m0"
+
+# Longest encoded group name: file systems take 255 bytes, and object stores 1,024 for the whole path.
+_LONGEST_NAME: Final = 200
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RECORD: Final = re.compile(r"(?:.*/)?(\d+)\.(\d+)\.json")
+
+
+def check_name(key: str, name: str) -> str:
+    """Return the name of a set or artifact, which becomes a folder.
+
+    Raises
+    ------
+    SpecError
+        If it holds anything but letters, digits, ``.``, ``_`` and ``-``, or begins with one of the last three.
+    """
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise SpecError(
+            f"{key}: found {name!r}; accepted: at most {_LONGEST_NAME} letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+    return name
+
+
+def encode_group(name: str) -> str:
+    """Return the folder name of a parameter group's array.
+
+    Letters, digits, ``.``, ``_`` and ``-`` stay; every other byte of the UTF-8 text becomes ``%XX``, and so does the
+    first character where a file system or Zarr would take the name for something else. A long name is cut and ends in
+    ``~`` and the hash of the whole; no other name holds a ``~``. The real name is an attribute of the array.
+    """
+    encoded = "".join(
+        character
+        if re.fullmatch(r"[A-Za-z0-9._-]", character)
+        else "".join(f"%{byte:02X}" for byte in character.encode())
+        for character in name
+    )
+    if not encoded or encoded.startswith((".", "__")) or encoded == METADATA_FILE:
+        encoded = f"%{ord(encoded[0]):02X}{encoded[1:]}" if encoded else "%"
+    if len(encoded) > _LONGEST_NAME:
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        encoded = f"{encoded[: _LONGEST_NAME - 33]}~{digest}"
+    return encoded
+
+
+def set_folder(name: str) -> str:
+    """Folder of a feature set."""
+    return f"features/{name}"
+
+
+def group_array(folder: str, group: str) -> str:
+    """Path of a group's array in a folder that holds one array per group."""
+    return f"{folder}/{encode_group(group)}"
+
+
+def part_path(part: str, block: int) -> str:
+    """Path, inside a feature set, of a block's parquet part: ``inputs``, ``examples`` or ``statistics``."""
+    return f"{part}/{block:06d}.parquet"
+
+
+def chunk_path(array: str, *index: int) -> str:
+    """Path of a chunk of a Zarr array."""
+    return "/".join((array, "c", *map(str, index)))
+
+
+def metadata_path(node: str) -> str:
+    """Path of the metadata of a Zarr array or group; ``""`` is the root."""
+    return f"{node}/{METADATA_FILE}" if node else METADATA_FILE
+
+
+def record_path(folder: str, unit: int, generation: int) -> str:
+    """Path of a commit record in its folder."""
+    return f"{folder}/{unit:06d}.{generation}.json"
+
+
+def parse_record_path(path: str) -> tuple[int, int] | None:
+    """(unit, generation) that a commit record's path names, or None for any other path."""
+    match = _RECORD.fullmatch(path)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayLayout:
+    """A Zarr array of the format: float, unsharded, one chunk per unit of work, checksummed, NaN where unwritten."""
+
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    dtype: str
+    dimension_names: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """Type of the values in a chunk: little-endian on every machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk object: its values, padded to the whole chunk, and four bytes of crc32c."""
+        return int(np.prod(self.chunk_shape)) * self.stored_dtype.itemsize + 4
+
+    @property
+    def num_chunks(self) -> tuple[int, ...]:
+        """Chunks along each axis."""
+        return tuple(-(-length // chunk) for length, chunk in zip(self.shape, self.chunk_shape, strict=True))
+
+    def chunk_extent(self, index: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what a chunk holds: shorter than ``chunk_shape`` at the ends of the array."""
+        return tuple(
+            min(chunk, length - place * chunk)
+            for place, chunk, length in zip(index, self.chunk_shape, self.shape, strict=True)
+        )
+
+
+def metadata_objects(arrays: Mapping[str, ArrayLayout]) -> dict[str, bytes]:
+    """Metadata, by path, of arrays and of every group above them, up to the root.
+
+    zarr-python makes it, in memory, so that it is what zarr-python would have written; the store publishes it once.
+    """
+    from zarr import create_array
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.core.buffer import Buffer
+    from zarr.storage import MemoryStore
+
+    made: dict[str, Buffer] = {}
+    store = MemoryStore(made)
+    for path, layout in arrays.items():
+        create_array(
+            store,
+            name=path,
+            shape=layout.shape,
+            chunks=layout.chunk_shape,
+            dtype=layout.dtype,
+            fill_value=float("nan"),
+            filters=None,
+            serializer=BytesCodec(endian="little"),
+            compressors=Crc32cCodec(),
+            dimension_names=layout.dimension_names,
+            attributes=json.loads(json.dumps(layout.attributes)),
+        )
+    return {path: buffer.to_bytes() for path, buffer in made.items()}

@@ -1,0 +1,228 @@
+"""Kernels, queries, contributions, weights and scores as artifacts."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gradstore.errors import ContractError, DataError, IntegrityError, NotReadyError, SpecError
+from gradstore.store.artifacts import (
+    ContributionArtifact,
+    ContributionShape,
+    KernelArtifact,
+    QueryArtifact,
+    ScoresArtifact,
+    WeightsArtifact,
+    list_artifacts,
+)
+from gradstore.store.backend import Storage, open_storage
+
+_NAMES = count()
+SETTINGS = {"kind": "block", "damping": 0.1, "snapshot": {"blocks": ((0, 0), (1, 0))}}
+WIDTHS = {"layers.0": 3, "blocks": 2, "a/b": 4}
+BUNDLES = (("layers.0", "blocks"), ("a/b",))
+
+
+@pytest.fixture
+def storage() -> Storage:
+    return open_storage(f"memory://artifacts-{next(_NAMES)}")
+
+
+def spectrum(width: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(width)
+    matrix = rng.standard_normal((width, width))
+    values, vectors = np.linalg.eigh(matrix @ matrix.T)
+    return values, vectors
+
+
+def make_kernel(storage: Storage, name: str = "block", **changes: Any) -> KernelArtifact:
+    return KernelArtifact.create(storage, name, settings={**SETTINGS, **changes}, widths=WIDTHS, bundles=BUNDLES)
+
+
+def write_bundle(kernel: KernelArtifact, bundle: int) -> None:
+    kernel.write_bundle(bundle, {group: spectrum(WIDTHS[group]) for group in kernel.bundles[bundle]}, facts={})
+
+
+def make_contributions(
+    storage: Storage, dtype: Literal["float32", "float16"] = "float32", **changes: Any
+) -> tuple[ContributionArtifact, np.ndarray]:
+    shape = ContributionShape(queries=5, rows=7, groups=("a", "b", "c"), block_rows=3, query_tile=2, dtype=dtype)
+    scales = (2.0 ** np.arange(-12, -7)).astype(np.float32) if dtype == "float16" else None
+    made = ContributionArtifact.create(
+        storage, "block", "eval", settings={**SETTINGS, **changes}, shape=shape, scales=scales
+    )
+    return made, np.random.default_rng(0).standard_normal((5, 7, 3), dtype=np.float32)
+
+
+def test_spectra_read_back_bundle_by_bundle(storage: Storage) -> None:
+    kernel = make_kernel(storage)
+    write_bundle(kernel, 0)
+    values, vectors = kernel.read("blocks")
+    exact_values, exact_vectors = spectrum(2)
+    np.testing.assert_array_equal(values, exact_values)
+    np.testing.assert_array_equal(vectors, exact_vectors.astype(np.float32))
+    assert values.dtype == np.float64
+    assert vectors.dtype == np.float32
+    with pytest.raises(NotReadyError, match=r"kernels/block: part 1 of 2 is not committed. Run `gradstore kernel`"):
+        kernel.read("a/b")
+    assert kernel.missing_units() == [1]
+    assert not kernel.is_complete()
+    write_bundle(kernel, 1)
+    assert kernel.is_complete()
+
+
+def test_a_kernel_without_spectra_is_complete_when_created(storage: Storage) -> None:
+    kernel = KernelArtifact.create(storage, "identity", settings={"kind": "identity"}, widths={}, bundles=())
+    assert kernel.is_complete()
+    assert KernelArtifact.open(storage, "identity").settings["kind"] == "identity"
+
+
+def test_bundles_of_the_first_creation_win(storage: Storage) -> None:
+    make_kernel(storage)
+    again = KernelArtifact.create(
+        storage, "block", settings=SETTINGS, widths=WIDTHS, bundles=[[group] for group in WIDTHS]
+    )
+    assert again.bundles == [list(bundle) for bundle in BUNDLES]
+    assert again.info.num_units == 2
+
+
+def test_other_settings_are_refused_and_another_name_is_the_way_out(storage: Storage) -> None:
+    make_kernel(storage)
+    with pytest.raises(ContractError) as caught:
+        make_kernel(storage, damping=0.2)
+    assert "kernels/block was made with other settings" in str(caught.value)
+    assert "damping: store has 0.1, the run asks for 0.2" in str(caught.value)
+    assert "choose another name" in str(caught.value)
+    make_kernel(storage, name="block-2", damping=0.2)
+
+
+def test_an_artifact_that_is_not_there_says_what_to_run(storage: Storage) -> None:
+    with pytest.raises(NotReadyError, match=r"weights/learned: there is no such artifact. Run `gradstore learn` first"):
+        WeightsArtifact.open(storage, "learned")
+
+
+def test_a_name_that_is_no_folder_name_is_refused(storage: Storage) -> None:
+    with pytest.raises(SpecError, match=r"name of kernel: found 'a/b'"):
+        make_kernel(storage, name="a/b")
+
+
+def test_queries_read_back(storage: Storage) -> None:
+    features = {group: np.random.default_rng(width).random((6, width), np.float32) for group, width in WIDTHS.items()}
+    made = QueryArtifact.create(storage, "block", "eval", settings=SETTINGS, queries=6, widths=WIDTHS)
+    with pytest.raises(NotReadyError, match="queries/block/eval: part 0 of 1 is not committed"):
+        made.read_all()
+    made.write(features, facts={})
+    opened = QueryArtifact.open(storage, "block", "eval")
+    found = opened.read_all()
+    assert list(found) == list(WIDTHS)
+    for group, values in features.items():
+        np.testing.assert_array_equal(found[group], values)
+    assert list(opened.read_all(["a/b"])) == ["a/b"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("queries", [(0, 5), (2, 4), (1, 4), (4, 5)])
+def test_contributions_read_back_for_any_queries(
+    storage: Storage, dtype: Literal["float32", "float16"], queries: tuple[int, int]
+) -> None:
+    made, values = make_contributions(storage, dtype)
+    for block in range(3):
+        start, stop = made.shape.block_range(block)
+        made.write_block(block, values[:, start:stop], facts={})
+    exact = values
+    if dtype == "float16":
+        scales = made.scales[:, None, None]
+        exact = (values / scales).astype(np.float16).astype(np.float32) * scales
+    found = np.concatenate(list(made.read_blocks(*queries)), axis=1)
+    np.testing.assert_array_equal(found, exact[slice(*queries)])
+    out = np.empty((5, 3, 3), np.float32)
+    for block, part in enumerate(ContributionArtifact.open(storage, "block", "eval").read_blocks(*queries, out=out)):
+        assert np.shares_memory(part, out)
+        np.testing.assert_array_equal(part, exact[slice(*queries), slice(*made.shape.block_range(block))])
+
+
+def test_an_uncommitted_block_of_contributions_is_not_read(storage: Storage) -> None:
+    made, values = make_contributions(storage)
+    made.write_block(1, values[:, 3:6], facts={})
+    assert made.missing_blocks() == [0, 2]
+    with pytest.raises(NotReadyError, match="contributions/block/eval: part 0 of 3 is not committed"):
+        made.read(0, 5, 0)
+
+
+def test_contributions_beyond_float16_are_counted(storage: Storage) -> None:
+    made, values = make_contributions(storage, "float16")
+    values[0, 0, 0] = 1e6
+    values[1, 0, 1] = 1e-30
+    record = made.write_block(0, values[:, :3], facts={"seconds": 1})
+    assert record.facts == {"seconds": 1, "saturated": 1, "flushed": 1}
+    assert made.read(0, 1, 0)[0, 0, 0] == np.float32(65504 * 2.0**-12)
+
+
+def test_how_contributions_were_divided_first_wins(storage: Storage) -> None:
+    make_contributions(storage, "float16")
+    again, _ = make_contributions(storage, "float32")
+    assert again.shape.dtype == "float16"
+    np.testing.assert_array_equal(again.scales, 2.0 ** np.arange(-12, -7))
+
+
+def test_contributions_of_another_shape_are_refused(storage: Storage) -> None:
+    made, values = make_contributions(storage)
+    with pytest.raises(DataError, match=r"block 2: found float32 \[5, 3, 3\]; the artifact takes float32 \[5, 1, 3\]"):
+        made.write_block(2, values[:, :3], facts={})
+
+
+def test_a_flipped_bit_in_contributions_is_caught(storage: Storage) -> None:
+    made, values = make_contributions(storage)
+    made.write_block(0, values[:, :3], facts={})
+    path = "contributions/block/eval/values/c/c/1/0/0"
+    data = bytearray(storage.read(path))
+    data[5] ^= 1
+    storage.delete(path)
+    storage.publish(path, [bytes(data)])
+    with pytest.raises(IntegrityError, match=path):
+        made.read(0, 5, 0)
+    made.read(0, 2, 0)
+
+
+def test_weights_and_their_trajectory_read_back(storage: Storage) -> None:
+    weights = pa.table({"group": ["a", "b"], "weight": [0.25, 0.75]})
+    trajectory = pa.table({"step": [0, 1], "weights": [[0.5, 0.5], [0.25, 0.75]]})
+    made = WeightsArtifact.create(storage, "learned", settings={"k": 10, "seed": 0})
+    record = made.write(weights, trajectory, facts={"seconds": 2})
+    opened = WeightsArtifact.open(storage, "learned")
+    assert opened.read().equals(weights)
+    assert opened.read_trajectory().equals(trajectory)
+    assert opened.settings == {"k": 10, "seed": 0}
+    assert made.write(trajectory, weights, facts={}) == record
+
+
+def test_scores_and_their_summary_read_back(storage: Storage) -> None:
+    proponents = pa.table({"query": [0], "rank": [0], "side": ["proponent"], "example": [3], "score": [1.5]})
+    summary = {"kernel": "block", "weights": None, "precision_at_10": 0.57, "baselines": {"bm25": 0.6}}
+    made = ScoresArtifact.create(storage, "unweighted", settings={})
+    with pytest.raises(NotReadyError, match="Run `gradstore score`"):
+        made.read()
+    made.write(proponents, summary, facts={})
+    assert made.read().equals(proponents)
+    assert made.read_summary() == summary
+
+
+def test_the_list_of_artifacts_tells_how_much_of_each_is_committed(storage: Storage) -> None:
+    write_bundle(make_kernel(storage), 1)
+    made, values = make_contributions(storage)
+    made.write_block(0, values[:, :3], facts={})
+    WeightsArtifact.create(storage, "learned", settings={"k": 10})
+    found = {(status.kind, status.name): (status.committed, status.total) for status in list_artifacts(storage)}
+    assert found == {
+        ("kernel", "block"): (1, 2),
+        ("contributions", "block/eval"): (1, 3),
+        ("weights", "learned"): (0, 1),
+    }
+
+
+def test_an_empty_store_has_no_artifacts(storage: Storage) -> None:
+    assert list_artifacts(storage) == []

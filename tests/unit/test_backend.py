@@ -1,0 +1,101 @@
+"""Storages: the suite on a directory and in memory, and what open_storage accepts."""
+
+from __future__ import annotations
+
+import os
+import resource
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from gradstore.errors import SpecError, StorageError
+from gradstore.store.backend import open_storage
+from tests.storages import Places, StorageSuite
+
+_NAMES = count()
+
+
+class TestDirectory(StorageSuite):
+    @pytest.fixture
+    def new_url(self, tmp_path: Path) -> Places:
+        return lambda: str(tmp_path / f"store {next(_NAMES)}")
+
+
+class TestMemory(StorageSuite):
+    @pytest.fixture
+    def new_url(self) -> Places:
+        return lambda: f"memory://backend-{next(_NAMES)}"
+
+
+def test_a_file_url_is_a_directory(tmp_path: Path) -> None:
+    open_storage((tmp_path / "my store").as_uri()).publish("a", [b"1"])
+    assert (tmp_path / "my store" / "a").read_bytes() == b"1"
+
+
+def test_a_relative_path_is_made_absolute_so_that_workers_may_start_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_storage("runs/demo").url == str(tmp_path / "runs" / "demo")
+
+
+def test_opening_creates_nothing(tmp_path: Path) -> None:
+    open_storage(str(tmp_path / "store"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "https://example.org/x", "s4://bucket"])
+def test_an_unknown_kind_of_url_is_refused_with_those_that_exist(url: str) -> None:
+    with pytest.raises(SpecError, match=r"accepted: a directory, file:///path, s3://bucket/prefix"):
+        open_storage(url)
+
+
+def test_an_s3_url_without_a_bucket_is_refused() -> None:
+    with pytest.raises(SpecError, match="names no bucket"):
+        open_storage("s3://")
+
+
+def test_an_unknown_s3_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSTORE_S3_CLIENT", "boto")
+    with pytest.raises(SpecError, match="found 'boto'; accepted: obstore, s3fs"):
+        open_storage("s3://bucket/prefix")
+
+
+def test_a_writer_that_dies_leaves_a_file_that_no_listing_shows(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.publish("a/1", [b"x"])
+    (tmp_path / "a" / ".gradstore-0123456789abcdef").write_bytes(b"half an obj")
+    assert [info.path for info in storage.list_objects("")] == ["a/1"]
+
+
+def test_publishing_leaves_no_temporary_file(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.publish("a/1", [b"x"])
+    storage.publish("a/1", [b"y"])
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["1"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(StorageError, match="A file stands where the store needs a folder"):
+        open_storage(str(tmp_path)).publish("a/b/1", [b"x"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_access_is_explained(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="Give this user access"):
+        open_storage(str(tmp_path)).publish("a", [b"x"])
+
+
+def test_a_write_that_the_system_cuts_short_is_explained_and_leaves_nothing(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(StorageError, match=r"a: File too large\. Check the disk"):
+            storage.publish("a", [bytes(2**21)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
