@@ -1,0 +1,17 @@
+"""Adapters: what a model, its data and its task are. One file per family, one line in ADAPTERS.
+
+Importing this package imports neither torch nor transformers: they load when an adapter first needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gradstore.adapters.causal_lm import CausalLM
+from gradstore.adapters.precision import resolve_precision
+from gradstore.adapters.protocol import Adapter, Examples, Facts, SourceFacts
+from gradstore.spec import DataSection, ModelSection
+
+ADAPTERS: dict[str, Callable[[ModelSection, DataSection, int], Adapter]] = {"causal_lm": CausalLM}
+
+__all__ = ["ADAPTERS", "Adapter", "Examples", "Facts", "SourceFacts", "resolve_precision"]

@@ -1,0 +1,297 @@
+"""Documents as their sources hold them: parquet, JSON lines, folders of text files, and `datasets` directories.
+
+Files are read through fsspec, so that local paths and s3:// are one thing, and streamed: nothing is held that was not
+asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from gradstore.adapters.locations import resolve_location
+from gradstore.errors import DataError, SpecError
+from gradstore.spec import SplitSection
+
+FOLDER: Final = "folder"
+"""The label of a text file that is the name of its folder."""
+
+_SUFFIXES: Final = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+_COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
+_DATASET_FILES: Final = ("dataset_dict.json", "state.json")
+_FILES_AT_ONCE: Final = 64
+_ROWS_AT_ONCE: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text of a source, with what the source calls it."""
+
+    document_id: str
+    text: str
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentReader:
+    """Reads the documents of one source in the source's own order, as often as it is asked to.
+
+    Attributes
+    ----------
+    split
+        What run.toml says of the source.
+    key
+        Where run.toml says it, for messages: ``data.train``.
+    streamed
+        Whether a hub dataset is streamed rather than downloaded first: right for a single reading of its beginning.
+    """
+
+    split: SplitSection
+    key: str
+    streamed: bool = False
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents.
+
+        Raises
+        ------
+        SpecError
+            If the keys do not fit the format, or a package that reads it is not installed.
+        DataError
+            If the source cannot be found or read, a column is missing, or a text is not text.
+        """
+        location = resolve_location(self.split.source, f"{self.key}.source")
+        kind = self.split.format if self.split.format != "auto" else self._detect(location)
+        if kind == "datasets":
+            return self._read_dataset(location)
+        readers = {"text": self._read_text, "jsonl": self._read_jsonl, "parquet": self._read_parquet}
+        return readers[kind](_Files.open(location, self.key, _SUFFIXES[kind]))
+
+    def _detect(self, location: str) -> str:
+        if "://" not in location and not Path(location).exists() and _may_be_hub_id(location):
+            return "datasets"
+        names = _Files.open(location, self.key, ()).names
+        if any(name in _DATASET_FILES for name in names):
+            return "datasets"
+        kinds = [kind for kind, suffixes in _SUFFIXES.items() if any(_has_suffix(name, suffixes) for name in names)]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) if kinds else f"no text, JSON lines or parquet among {_some(names)}"
+            raise DataError(
+                f"{self.key}.source: {self.split.source} holds {found}. "
+                f"Set {self.key}.format to text, jsonl, parquet or datasets, or choose another source."
+            )
+        return kinds[0]
+
+    def _read_text(self, files: _Files) -> Iterator[Document]:
+        if self.split.label not in (None, FOLDER) or self.split.id is not None:
+            raise SpecError(
+                f"{self.key}: text files have no columns. Found label = {self.split.label!r}, id = {self.split.id!r}; "
+                f"accepted: label = {FOLDER!r} (the folder's name) or no label, and no id (the path is the id)."
+            )
+        for name, content in files.contents():
+            label = (name.rpartition("/")[0] or files.root).rpartition("/")[2] if self.split.label else None
+            yield Document(document_id=name, text=self._decode(content, name), label=label)
+
+    def _read_jsonl(self, files: _Files) -> Iterator[Document]:
+        for name, file in files.opened(compression="infer"):
+            try:
+                for number, line in enumerate(file, start=1):
+                    if text := self._decode(line, f"{name}, line {number}").strip():
+                        yield self._document(_parse_object(text, f"{self.key}: {name}, line {number}"), name, number)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                raise DataError(f"{self.key}: {name} cannot be read: {error}.") from error
+
+    def _read_parquet(self, files: _Files) -> Iterator[Document]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        for name, file in files.opened():
+            try:
+                table = pq.ParquetFile(file)
+                self._require_columns(table.schema_arrow.names, name)
+                row = 0
+                for batch in table.iter_batches(_ROWS_AT_ONCE, columns=self._columns()):
+                    for record in batch.to_pylist():
+                        yield self._document(record, name, row)
+                        row += 1
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{self.key}: {name} cannot be read as parquet: {error}.") from error
+
+    def _read_dataset(self, location: str) -> Iterator[Document]:
+        dataset = self._open_dataset(location)
+        if dataset.column_names is not None:
+            self._require_columns(dataset.column_names, self.split.source)
+        names = getattr((dataset.features or {}).get(self.split.label or ""), "names", None)
+        for row, record in enumerate(dataset.select_columns(self._columns())):
+            if names is not None and record[self.split.label] is not None:
+                record[self.split.label] = names[record[self.split.label]]
+            yield self._document(record, self.split.split or "row", row)
+
+    def _open_dataset(self, location: str) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise SpecError(f"{self.key}.source: {location} needs: pip install 'gradstore[datasets]'.") from error
+        try:
+            if "://" in location or any((Path(location) / name).exists() for name in _DATASET_FILES):
+                opened = datasets.load_from_disk(location)
+            else:
+                opened = datasets.load_dataset(location, self.split.subset, streaming=self.streamed)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"{self.key}.source: {self.split.source!r} is no folder here that `datasets` reads, "
+                f"and no dataset that the hub gives: {error}"
+            ) from error
+        if not isinstance(opened, Mapping):
+            return opened
+        if self.split.split not in opened:
+            raise DataError(
+                f"{self.key}.split: found {self.split.split!r}; {self.split.source} has: {', '.join(map(str, opened))}."
+            )
+        return opened[self.split.split]
+
+    def _columns(self) -> list[str]:
+        columns = (self.split.text, self.split.label, self.split.id)
+        return list(dict.fromkeys(column for column in columns if column is not None))
+
+    def _require_columns(self, found: Sequence[str], where: str) -> None:
+        for option in ("text", "label", "id"):
+            column = getattr(self.split, option)
+            if column is not None and column not in found:
+                raise DataError(
+                    f"{self.key}.{option}: {where} has no column {column!r}; its columns are: {', '.join(found)}."
+                )
+
+    def _document(self, record: Mapping[str, Any], name: str, row: int) -> Document:
+        self._require_columns(list(record), f"{name}:{row}")
+        text, label = record[self.split.text], record[self.split.label] if self.split.label else None
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f"{self.key}.text: {self.split.text!r} of {name}:{row} is {type(text).__name__}, not text. "
+                f"Columns found: {', '.join(record)}."
+            )
+        identifier = f"{name}:{row}" if self.split.id is None else str(record[self.split.id])
+        return Document(document_id=identifier, text=text or "", label=None if label is None else str(label))
+
+    def _decode(self, content: bytes, name: str) -> str:
+        """Decode by the first of the split's encodings that fits; one that is just wrong may fit too, so order matters."""
+        encodings = [self.split.encoding] if isinstance(self.split.encoding, str) else self.split.encoding
+        failure: UnicodeDecodeError | None = None
+        for encoding in encodings:
+            try:
+                return content.decode(encoding)
+            except UnicodeDecodeError as error:
+                failure = failure or error
+            except LookupError as error:
+                raise SpecError(f"{self.key}.encoding: found {encoding!r}; Python knows no such encoding.") from error
+        assert failure is not None, "spec.py refuses an empty list of encodings"
+        raise DataError(
+            f"{self.key}: {name} of {self.split.source} is not {' nor '.join(encodings)}: byte {failure.start} is "
+            f"0x{content[failure.start]:02x}. Set {self.key}.encoding (latin-1 and cp1252 are common) or mend the file."
+        ) from failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """The files of a source, sorted by name, so that their order does not depend on the filesystem."""
+
+    filesystem: Any
+    root: str
+    key: str
+    paths: tuple[str, ...]
+
+    @classmethod
+    def open(cls, location: str, key: str, suffixes: Sequence[str]) -> _Files:
+        """List the files under a path or URL whose names end in one of ``suffixes``; all files if there are none."""
+        from fsspec.core import url_to_fs
+
+        try:
+            filesystem, root = url_to_fs(location)
+        except (ImportError, ValueError) as error:
+            raise SpecError(
+                f"{key}.source: {location} cannot be opened: {error}. For s3:// install 'gradstore[s3]'."
+            ) from error
+        with _explained(key, location, "listed"):
+            is_file = filesystem.isfile(root)
+            paths = [root] if is_file else filesystem.find(root)
+        if not paths:
+            raise DataError(f"{key}.source: {location}: there is no such file or folder, or the folder is empty.")
+        folder = root.rpartition("/")[0] if is_file else root.rstrip("/")
+        files = cls(filesystem=filesystem, root=folder, key=key, paths=tuple(sorted(paths)))
+        if not suffixes or is_file:
+            return files
+        kept = tuple(path for path in files.paths if _has_suffix(path, suffixes))
+        if not kept:
+            raise DataError(
+                f"{key}.source: {location} has no {' or '.join(suffixes)} files; it holds {_some(files.names)}."
+            )
+        return cls(filesystem=filesystem, root=folder, key=key, paths=kept)
+
+    @property
+    def names(self) -> list[str]:
+        """The files' paths inside the source."""
+        return [self.name(path) for path in self.paths]
+
+    def name(self, path: str) -> str:
+        """A file's path inside the source."""
+        return path.removeprefix(self.root).lstrip("/")
+
+    def opened(self, compression: str | None = None) -> Iterator[tuple[str, Any]]:
+        """Yield each file's name and the file, open for reading bytes."""
+        for path in self.paths:
+            with _explained(self.key, path, "opened"):
+                opened = self.filesystem.open(path, "rb", compression=compression)
+            with opened as file:
+                yield self.name(path), file
+
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """Yield each file's name and bytes; many at once, because a small object's cost is its round trip."""
+        remaining = iter(self.paths)
+        while paths := list(islice(remaining, _FILES_AT_ONCE)):
+            with _explained(self.key, f"one of {_some(paths)}", "read"):
+                contents = self.filesystem.cat_ranges(paths, None, None, on_error="raise")
+            yield from zip(map(self.name, paths), contents, strict=True)
+
+
+@contextmanager
+def _explained(key: str, what: str, action: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Every filesystem has its own errors for credentials, endpoints and names.
+        raise DataError(
+            f"{key}.source: {what} cannot be {action}: {type(error).__name__}: {error}. "
+            "Check its name, and the credentials and endpoint in the environment."
+        ) from error
+
+
+def _parse_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error}.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is a JSON {type(record).__name__}, not an object with columns.")
+    return record
+
+
+def _has_suffix(name: str, suffixes: Sequence[str]) -> bool:
+    for compression in _COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return name.endswith(tuple(suffixes))
+
+
+def _may_be_hub_id(location: str) -> bool:
+    """``name`` or ``owner/name``; anything else that does not exist is a path with a mistake in it."""
+    path = Path(location)
+    return not path.is_absolute() and len(path.parts) <= 2 and location[:1] not in (".", "~")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

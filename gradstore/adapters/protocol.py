@@ -1,0 +1,108 @@
+"""What an adapter is: a model, its data and its task, behind three methods and two facts about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gradstore.store.examples import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Adapter(Protocol):
+    """A model, its data and its task.
+
+    An adapter is made from run.toml alone, in the command and again in every worker, so making one does no work.
+    ``load``, ``examples`` and ``outputs`` are what it does; ``identity`` and ``output_heads`` are what it says of itself.
+    """
+
+    def load(self, device: str) -> nn.Module:
+        """Return the model in evaluation mode, with dropout impossible; ``meta`` builds it without its weights."""
+        ...
+
+    def examples(self) -> Examples:
+        """Return the examples of every split; only the creator of a store calls it."""
+        ...
+
+    def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Return f(example; theta) [B], differentiable: the sum over an example's positions, never a mean.
+
+        It reads nothing but the examples, and an example's output does not depend on its batch mates. The caller
+        chooses autocast.
+        """
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return the adapter's part of the feature contract: all that features depend on besides weights and groups."""
+        ...
+
+    def output_heads(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the modules that map hidden states to outputs, which groups leave out unless asked."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFacts:
+    """What was read from one source, and what was dropped.
+
+    A source whose documents are taken in their own order is read only as far as its splits need; what depends on the
+    tokens is known only for the documents that came in question for a row.
+
+    Attributes
+    ----------
+    source
+        The source as run.toml names it.
+    documents
+        Documents read.
+    duplicates
+        Documents whose normalised text an earlier one has.
+    alike
+        Rows whose tokens an earlier row has, though their documents differ elsewhere.
+    empty
+        Documents without a character other than whitespace.
+    short
+        Documents with too few tokens for one to be predicted.
+    """
+
+    source: str
+    documents: int
+    duplicates: int
+    alike: int
+    empty: int
+    short: int
+
+    def describe(self) -> str:
+        """One line: ``2,225 documents read from ...; dropped: 101 duplicates``."""
+        counts = {
+            "duplicates": self.duplicates,
+            "alike in all tokens that are read": self.alike,
+            "empty": self.empty,
+            "too short": self.short,
+        }
+        dropped = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        return f"{self.documents:,} documents read from {self.source}; dropped: {dropped or 'none'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """How the examples came about: per source what was read and dropped, per split the rows it got."""
+
+    sources: tuple[SourceFacts, ...] = ()
+    rows: Mapping[str, int]
+
+    def describe(self) -> str:
+        """One line per source, and one for the rows of the splits."""
+        lines = [source.describe() for source in self.sources]
+        lines.append("rows: " + ", ".join(f"{name} {count:,}" for name, count in self.rows.items()))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """The examples of every split, by its name, in row order."""
+
+    splits: Mapping[str, Sequence[Example]]
+    facts: Facts
