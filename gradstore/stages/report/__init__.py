@@ -1,0 +1,29 @@
+"""The report of a run: one self-contained HTML page, and tables for the terminal."""
+
+from gradstore.stages.report.data import (
+    UNWEIGHTED,
+    Group,
+    PrecisionRow,
+    QueryReport,
+    RankedExample,
+    ReportData,
+    TailPatchRow,
+    WeightVector,
+)
+from gradstore.stages.report.page import render_page
+from gradstore.stages.report.stage import report
+from gradstore.stages.report.terminal import render_tables
+
+__all__ = [
+    "UNWEIGHTED",
+    "Group",
+    "PrecisionRow",
+    "QueryReport",
+    "RankedExample",
+    "ReportData",
+    "TailPatchRow",
+    "WeightVector",
+    "render_page",
+    "render_tables",
+    "report",
+]

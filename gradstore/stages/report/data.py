@@ -1,0 +1,145 @@
+"""What a report shows, as plain values: filled from the store by the stage, drawn by `page` and `terminal`.
+
+Nothing here is formatted or escaped; every text may come from a stranger's corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+UNWEIGHTED = "unweighted"
+"""The name of the ranking in which every group counts the same."""
+
+Side = Literal["proponent", "opponent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """One of the M parameter groups, with what a reader knows it by.
+
+    Attributes
+    ----------
+    name
+        The group's name in the store.
+    depth
+        Index of its block of layers, or None outside of them.
+    function
+        What it does inside its block, such as ``mlp.up_proj``.
+    """
+
+    name: str
+    depth: int | None
+    function: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightVector:
+    """One learned w: M weights in the order of the groups, each >= 0, with sum 1."""
+
+    name: str
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedExample:
+    """A training example at its rank among the proponents or the opponents of one query.
+
+    Attributes
+    ----------
+    side
+        ``proponent``: among the highest scores; ``opponent``: among the lowest.
+    rank
+        From 1, the most extreme score of its side.
+    score
+        S[q, n], the sum of ``parts``.
+    parts
+        The part w_j C[q, n, j] of each of the M groups in the score.
+    """
+
+    side: Side
+    rank: int
+    example_id: str
+    label: str | None
+    text: str
+    score: float
+    parts: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryReport:
+    """A query, and what each ranking holds for it: by `UNWEIGHTED` or by the name of a weight vector."""
+
+    query_id: str
+    label: str | None
+    text: str
+    rankings: Mapping[str, Sequence[RankedExample]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionRow:
+    """Share of a method's top k that have the query's label, mean over queries; and of all examples (chance)."""
+
+    method: str
+    precision: float
+    chance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailPatchRow:
+    """Change of a query's log-probability after one step on a method's proponents, in percent: mean and 95 % interval."""
+
+    method: str
+    mean: float
+    ci_low: float
+    ci_high: float
+    queries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """Everything that a report shows.
+
+    Attributes
+    ----------
+    name
+        The run's name.
+    facts
+        (label, value) of what a reader must know to trust or repeat the run, the most important first.
+    groups
+        The M groups, in the order of every weight vector and of all parts.
+    weights
+        Learned weight vectors; empty where none was learned.
+    queries
+        The queries, in the order in which they are shown.
+    precision, precision_k
+        Label precision@k by method; empty where the data has no labels.
+    tail_patch
+        Tail-patch by method; empty where it was not measured.
+    notes
+        What the figures do not show, a sentence each.
+    """
+
+    name: str
+    facts: Sequence[tuple[str, str]]
+    groups: Sequence[Group]
+    weights: Sequence[WeightVector]
+    queries: Sequence[QueryReport]
+    precision: Sequence[PrecisionRow] = ()
+    precision_k: int = 10
+    tail_patch: Sequence[TailPatchRow] = ()
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        num_groups = len(self.groups)
+        for vector in self.weights:
+            assert len(vector.weights) == num_groups, (
+                f"{vector.name}: {len(vector.weights)} weights, {num_groups} groups"
+            )
+        for query in self.queries:
+            for ranking, ranked in query.rankings.items():
+                for example in ranked:
+                    assert len(example.parts) == num_groups, (
+                        f"{query.query_id}, {ranking}, {example.example_id}: {len(example.parts)} parts, {num_groups} groups"
+                    )

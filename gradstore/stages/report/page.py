@@ -1,0 +1,250 @@
+"""The HTML page of a run: one self-contained file that asks the network for nothing.
+
+Every text of the store is escaped by the template, and the page's content security policy names the hashes of its own
+script and style: what a corpus smuggles in cannot run, even if an escape were forgotten.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import jinja2
+
+from gradstore.stages.report.data import QueryReport, RankedExample, ReportData, Side, TailPatchRow
+from gradstore.stages.report.formatting import (
+    Scale,
+    clean_text,
+    one_line,
+    paragraphs,
+    percent,
+    ranking_title,
+    signed,
+)
+from gradstore.stages.report.layers import Layout, draw_weights, lay_out, sum_parts
+
+TEXT_LIMIT = 1200
+"""Characters of a training example's text on the page: an example is repeated wherever it ranks."""
+
+NUM_STRONGEST = 5
+"""Parts of a score that are listed by name; all the others are in the sums by depth and by function."""
+
+PARTS_RESOLUTION = 500
+"""Sums of parts are stored as whole multiples of the largest one over this: a bar is never wider in pixels."""
+
+CAPTIONS: dict[Side, tuple[str, str]] = {
+    "proponent": ("Proponents", "highest scores: a training step on them would lower this query's loss"),
+    "opponent": ("Opponents", "lowest scores: a training step on them would raise it"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedView:
+    """A ranked example, formatted. ``parts`` is ``unit|by depth|by function`` in whole multiples of the unit."""
+
+    rank: int
+    score: str
+    label: str | None
+    matches: bool
+    move: str
+    move_title: str
+    excerpt: str
+    text: str
+    hidden_characters: int
+    example_id: str
+    strongest: tuple[tuple[str, str], ...]
+    parts: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnView:
+    """One side of one ranking."""
+
+    title: str
+    unit: str
+    remarks: tuple[str, ...]
+    ranked: tuple[RankedView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideView:
+    """Proponents, or opponents, in every ranking."""
+
+    title: str
+    caption: str
+    columns: tuple[ColumnView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryView:
+    """A query, formatted; ``matches`` counts the proponents of its label in each ranking."""
+
+    query_id: str
+    label: str | None
+    excerpt: str
+    text: str
+    matches: tuple[int, ...]
+    sides: tuple[SideView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntervalView:
+    """A tail-patch row on the axis that all rows share: places in percent of its width."""
+
+    row: TailPatchRow
+    low: float
+    mean: float
+    high: float
+
+
+def render_page(data: ReportData) -> str:
+    """The page as HTML: works from a file, without a network, and is readable without scripts.
+
+    Texts of examples are shown up to `TEXT_LIMIT` characters. Of the M parts of a score the page keeps the
+    `NUM_STRONGEST` strongest by name, and the sums by depth and by function.
+    """
+    layout = lay_out(data.groups)
+    style, script = _package_file("report.css"), _package_file("report.js")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_package_file),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "signed": signed, "clean": clean_text}
+    intervals, zero = _intervals(data.tail_patch)
+    return environment.get_template("report.html.jinja").render(
+        data=data,
+        layout=layout,
+        charts=[draw_weights(vector, layout) for vector in data.weights],
+        queries=[_view_query(query, layout) for query in data.queries],
+        intervals=intervals,
+        zero=zero,
+        patched=_range([row.queries for row in data.tail_patch]),
+        style=style,
+        script=script,
+        style_hash=_policy_hash(style),
+        script_hash=_policy_hash(script),
+    )
+
+
+def _view_query(query: QueryReport, layout: Layout) -> QueryView:
+    rankings = tuple(query.rankings)
+    proponents = {name: _of_side(query, name, "proponent") for name in rankings}
+    return QueryView(
+        query_id=clean_text(query.query_id),
+        label=None if query.label is None else one_line(query.label, 60),
+        excerpt=one_line(query.text, 90),
+        text=paragraphs(query.text),
+        matches=() if query.label is None else tuple(_matches(query, proponents[name]) for name in rankings),
+        sides=tuple(
+            SideView(
+                title=title,
+                caption=caption,
+                columns=tuple(_view_column(query, ranking, side, layout) for ranking in rankings),
+            )
+            for side, (title, caption) in CAPTIONS.items()
+        ),
+    )
+
+
+def _view_column(query: QueryReport, ranking: str, side: Side, layout: Layout) -> ColumnView:
+    ranked = _of_side(query, ranking, side)
+    first = next(iter(query.rankings))
+    before = {example.example_id: example.rank for example in _of_side(query, first, side)}
+    remarks = []
+    if query.label is not None:
+        remarks.append(f"{_matches(query, ranked)} of {len(ranked)} same label")
+    if ranking != first:
+        remarks.append(f"{sum(example.example_id in before for example in ranked)} in both lists")
+    scale = Scale(example.score for example in ranked)
+    return ColumnView(
+        title=ranking_title(ranking),
+        unit=scale.unit,
+        remarks=tuple(remarks),
+        ranked=tuple(
+            _view_ranked(query, example, None if ranking == first else before, scale, layout) for example in ranked
+        ),
+    )
+
+
+def _view_ranked(
+    query: QueryReport, example: RankedExample, before: Mapping[str, int] | None, scale: Scale, layout: Layout
+) -> RankedView:
+    text = paragraphs(example.text)
+    move, move_title = ("", "") if before is None else _move(example.rank, before.get(example.example_id))
+    strongest = sorted(range(len(example.parts)), key=lambda j: -abs(example.parts[j]))[:NUM_STRONGEST]
+    return RankedView(
+        rank=example.rank,
+        score=scale.score(example.score),
+        label=None if example.label is None else one_line(example.label, 40),
+        matches=query.label is not None and example.label == query.label,
+        move=move,
+        move_title=move_title,
+        excerpt=one_line(text, 150),
+        text=text[:TEXT_LIMIT],
+        hidden_characters=max(0, len(text) - TEXT_LIMIT),
+        example_id=one_line(example.example_id, 200),
+        strongest=tuple((layout.titles[j], scale.part(example.parts[j])) for j in strongest),
+        parts=_encode_parts(example.parts, scale, layout),
+    )
+
+
+def _encode_parts(parts: Sequence[float], scale: Scale, layout: Layout) -> str:
+    by_depth, by_function = sum_parts([scale.apply(part) for part in parts], layout)
+    largest = max(map(abs, by_depth + by_function), default=0.0)
+    if not 0 < largest < math.inf:
+        return ""
+    unit = largest / PARTS_RESOLUTION
+    return "|".join(
+        [f"{unit:.4g}", *(",".join(str(round(value / unit)) for value in sums) for sums in (by_depth, by_function))]
+    )
+
+
+def _move(rank: int, before: int | None) -> tuple[str, str]:
+    if before is None:
+        return "new", "not in the list without weights"
+    if before == rank:
+        return "=", "same rank without weights"
+    return f"{'↑' if before > rank else '↓'}{abs(before - rank)}", f"rank {before} without weights"
+
+
+def _of_side(query: QueryReport, ranking: str, side: Side) -> list[RankedExample]:
+    return sorted((example for example in query.rankings[ranking] if example.side == side), key=lambda e: e.rank)
+
+
+def _matches(query: QueryReport, ranked: Sequence[RankedExample]) -> int:
+    return sum(example.label == query.label for example in ranked)
+
+
+def _intervals(rows: Sequence[TailPatchRow]) -> tuple[list[IntervalView], float]:
+    """The rows on one axis that holds every interval and zero; and the place of zero."""
+    ends = [end for row in rows for end in (row.ci_low, row.mean, row.ci_high) if math.isfinite(end)]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
+    width = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        return 2 + 96 * ((value if math.isfinite(value) else 0.0) - low) / width
+
+    views = [
+        IntervalView(row=row, low=place(row.ci_low), mean=place(row.mean), high=place(row.ci_high)) for row in rows
+    ]
+    return views, place(0.0)
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _package_file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy_hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
