@@ -6,16 +6,13 @@ records, so losing a worker, the scheduler or this process loses no committed wo
 
 from __future__ import annotations
 
-import os
-import re
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlparse
-
-import psutil
 
 from gradstore.errors import GradstoreError, SpecError, TaskError
 
@@ -27,9 +24,9 @@ if TYPE_CHECKING:
 # A transient fault deserves another try, a deterministic one should not cost many (architecture.md, engine).
 RETRIES = 2
 ALLOWED_WORKER_DEATHS = 4
-# Part of the machine's memory that the workers of an embedded cluster share; the rest is this process and the page cache.
-MEMORY_SHARE = 0.8
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# A batch frees and takes gigabytes of activations. Giving them back to the system each time doubled featurize's CPU
+# seconds in page faults; glibc keeps them for the next batch instead.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,30 +102,6 @@ class Engine:
             raise _failure(failed)
 
 
-def worker_count(section: ClusterSection) -> int:
-    """Workers of the run: as declared, else one per core of this machine."""
-    return section.workers or os.cpu_count() or 1
-
-
-def worker_memory_bytes(section: ClusterSection) -> int:
-    """Memory that one worker may use, in bytes: as declared, else its share of this machine's memory.
-
-    Raises
-    ------
-    SpecError
-        If cluster.memory_per_worker is no size.
-    """
-    text = section.memory_per_worker
-    if text == "auto":
-        return int(psutil.virtual_memory().total * MEMORY_SHARE) // worker_count(section)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS:
-        raise SpecError(
-            f'cluster.memory_per_worker: found {text!r}; accepted: "auto" or a size such as "4GiB" or "500MB".'
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
 def _local(section: ClusterSection, stack: ExitStack) -> Client:
     """Start an embedded cluster of processes on loopback that ends with this process."""
     import dask
@@ -138,22 +111,21 @@ def _local(section: ClusterSection, stack: ExitStack) -> Client:
     # the object store's runtime and torch hang after a fork.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     settings: Mapping[str, Any] = {
-        "distributed.nanny.pre-spawn-environ": {**threads, "MALLOC_TRIM_THRESHOLD_": "65536"},
+        "distributed.nanny.pre-spawn-environ": {**threads, **_KEEP_FREED_MEMORY},
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.scheduler.allowed-failures": ALLOWED_WORKER_DEATHS,
         "distributed.worker.daemon": True,
-        "distributed.logging.distributed": "error",
     }
     stack.enter_context(dask.config.set(settings))
     cluster = stack.enter_context(
         LocalCluster(
-            n_workers=worker_count(section),
+            n_workers=section.num_workers,
             threads_per_worker=1,
             processes=True,
-            memory_limit=worker_memory_bytes(section),
+            memory_limit=section.worker_memory_bytes,
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
-            silence_logs="error",
+            silence_logs=logging.ERROR,
         )
     )
     client: Client = stack.enter_context(Client(cluster))
@@ -165,8 +137,7 @@ def _scheduler(section: ClusterSection, stack: ExitStack) -> Client:
     from distributed import Client
 
     address = section.address
-    if address is None:
-        raise SpecError('cluster.address: is missing; cluster.kind = "scheduler" needs one, such as "tls://host:8786".')
+    assert address is not None, "ClusterSection refuses a scheduler without an address"
     if urlparse(address).scheme != "tls" and not _is_loopback(address):
         raise SpecError(
             f"cluster.address: {address} is not on this machine and not encrypted: anyone on its network could run code "

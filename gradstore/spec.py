@@ -9,14 +9,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from gradstore.errors import SpecError
+
+# Part of the machine's memory that the workers of an embedded cluster share; the rest is this process and the page cache.
+MEMORY_SHARE = 0.8
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 SPLITS = ("train", "learn", "eval")
 T = TypeVar("T")
@@ -52,8 +59,9 @@ class SplitSection(Section):
 
     source: str = Field(min_length=1)
     format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
+    subset: str | None = None
     split: str | None = None
-    encoding: str = "utf-8"
+    encoding: str | Annotated[list[str], Field(min_length=1)] = "utf-8"
     text: str = "text"
     label: str | None = None
     id: str | None = None
@@ -61,6 +69,11 @@ class SplitSection(Section):
     length: int = Field(default=512, ge=2)
     start: int | None = Field(default=None, ge=0)
     rows: int | None = Field(default=None, ge=1)
+
+    @property
+    def origin(self) -> tuple[str | None, ...]:
+        """What tells the sources of two splits apart."""
+        return (self.source, self.subset, self.split)
 
 
 class DataSection(Section):
@@ -99,10 +112,10 @@ class DataSection(Section):
         SpecError
             If two splits of one source overlap.
         """
-        taken: dict[tuple[str, str | None], list[tuple[str, int, int | None]]] = {}
+        taken: dict[tuple[str | None, ...], list[tuple[str, int, int | None]]] = {}
         ranges: dict[str, tuple[int, int | None]] = {}
         for name, split in self.splits().items():
-            earlier = taken.setdefault((split.source, split.split), [])
+            earlier = taken.setdefault(split.origin, [])
             start = split.start
             if start is None:
                 start = _after(name, earlier)
@@ -199,6 +212,26 @@ class ClusterSection(Section):
     workers: int | None = Field(default=None, ge=1)
     memory_per_worker: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of the run: as declared, else one per core of this machine."""
+        return self.workers or os.cpu_count() or 1
+
+    @property
+    def worker_memory_bytes(self) -> int:
+        """Memory that one worker may use: as declared, else its share of this machine's memory."""
+        if self.memory_per_worker == "auto":
+            return int(psutil.virtual_memory().total * MEMORY_SHARE) // self.num_workers
+        return _bytes(self.memory_per_worker)
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterSection:
+        if self.memory_per_worker != "auto":
+            _bytes(self.memory_per_worker)
+        if self.kind == "scheduler" and self.address is None:
+            raise SpecError('cluster.address: is missing; kind = "scheduler" needs one, such as "tls://host:8786".')
+        return self
 
 
 class RunSpec(Section):
@@ -338,6 +371,16 @@ def _keys_beside(model: type[BaseModel], path: list[str]) -> list[str]:
     if current is DataSection:
         keys += [f"{key} (default of all splits)" for key in SplitSection.model_fields]
     return keys
+
+
+def _bytes(text: str) -> int:
+    """Number of bytes that a size such as 4GiB or 500MB stands for."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise SpecError(
+            f'cluster.memory_per_worker: found {text!r}; accepted: "auto" or a size such as "4GiB" or "500MB".'
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _after(name: str, earlier: list[tuple[str, int, int | None]]) -> int:

@@ -11,5 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest_plugins = ["tests.servers"]
+
 settings.register_profile("gradstore", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("gradstore")

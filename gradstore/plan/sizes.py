@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from gradstore.cluster import worker_count, worker_memory_bytes
+from gradstore.plan.resolve import ModelShape
 from gradstore.spec import FeaturesSection, RunSpec
 
 T = TypeVar("T")
-ITEM_BYTES = {"float32": 4, "float16": 2}
+StoredDtype = Literal["float32", "float16"]
+ITEM_BYTES: Mapping[StoredDtype, int] = {"float32": 4, "float16": 2}
 MIN_BLOCK_ROWS = 16
 MAX_CHUNK_BYTES = 8 * 2**20
 REFUSED_CHUNK_BYTES = 64 * 2**20
@@ -40,7 +41,7 @@ class SetPlan:
     name: str
     rows: int
     length: int
-    dtype: str
+    dtype: StoredDtype
     block_rows: int
     blocks: int
     objects: int
@@ -81,8 +82,8 @@ class Sizes:
         self._parameters = model.partition.total_parameters
         self._widths = widths
         self.device = device
-        self.workers = worker_count(spec.cluster)
-        self.worker_memory = worker_memory_bytes(spec.cluster)
+        self.workers = spec.cluster.num_workers
+        self.worker_memory = spec.cluster.worker_memory_bytes
 
     def set_plan(self, name: str, rows: int) -> SetPlan:
         """Plan one feature set."""
@@ -127,9 +128,12 @@ class Sizes:
         return 4 * self._parameters
 
     def _token_bytes(self) -> int:
-        """Bytes that one token keeps alive: inputs and outputs of every layer with their gradients, three sets of logits."""
-        activations = sum(2 * 4 * (group.out_features + group.in_features) for group in self._groups)
-        return activations + 3 * 4 * self._model.outputs
+        """Bytes that one token keeps alive: outputs of every layer and what follows them, and three sets of logits.
+
+        Inputs of layers are not kept for their own sake, because nobody takes weight gradients.
+        """
+        item = 2 if self._spec.model.precision == "bfloat16" else 4
+        return 2 * item * sum(group.out_features for group in self._groups) + 3 * 4 * self._model.outputs
 
     def featurize_stage(self, sets: Mapping[str, SetPlan]) -> StagePlan:
         """Plan featurize: one task per block."""
@@ -209,7 +213,7 @@ def kernel_bundles(widths: Sequence[int]) -> int:
     return min(len(widths), max(KERNEL_BUNDLES, math.ceil(gram_bytes / BUNDLE_BYTES)))
 
 
-def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: str) -> int:
+def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: StoredDtype) -> int:
     """Queries in one chunk of C, whose shape is ``contributions`` [Q, N, M].
 
     A chunk takes at most CONTRIBUTION_CHUNK_BYTES, and a tile of all rows, which the learner holds, LEARNER_TILE_BYTES.
@@ -221,14 +225,15 @@ def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: str)
     return max(1, min(queries, by_chunk, by_learner))
 
 
-def stored_dtype(set_name: str, features: FeaturesSection) -> str:
+def stored_dtype(set_name: str, features: FeaturesSection) -> StoredDtype:
     """Return the dtype a set is stored in: train as the run says, queries always in float32 (they are few)."""
     return features.dtype if set_name == "train" else "float32"
 
 
 def split(items: Sequence[T], parts: int) -> list[Sequence[T]]:
-    """Cut a sequence into ``parts`` consecutive runs whose lengths differ by at most one."""
-    edges = [len(items) * part // parts for part in range(parts + 1)]
+    """Cut a sequence into consecutive runs, ``parts`` or as many as it has items, of lengths that differ by at most one."""
+    parts = min(parts, len(items))
+    edges = [len(items) * part // max(parts, 1) for part in range(parts + 1)]
     return [items[first:last] for first, last in pairwise(edges)]
 
 

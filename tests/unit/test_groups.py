@@ -46,7 +46,7 @@ def test_expressions_choose_groups_and_say_why_the_rest_is_skipped() -> None:
 
 
 def test_no_group_left_is_an_error_that_says_what_the_model_has() -> None:
-    with pytest.raises(SpecError, match="no parameter group is left. The model has 3 Linear"):
+    with pytest.raises(SpecError, match=r"no parameter group is left\. The model has 3 Linear"):
         partition(LAYERS, PARAMETERS, include="nothing")
 
 

@@ -1,0 +1,157 @@
+"""learn: C -> w[j]. Streams the contributions of the learn queries and fits one weight per parameter group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradstore.cluster import Engine
+from gradstore.errors import NotReadyError, SpecError
+from gradstore.spec import RunSpec
+from gradstore.stages.progress import Progress
+from gradstore.store.artifacts import ContributionArtifact, WeightsArtifact
+from gradstore.store.features import FeatureArray, FeatureStore
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from gradstore.numerics.learner import LearnedWeights, LearnerSettings
+
+
+def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
+    """Write the weights that Algorithm 1 finds, unless the store holds them.
+
+    Raises
+    ------
+    NotReadyError
+        If contributions are missing.
+    SpecError
+        If k is larger than the number of train examples.
+    ContractError
+        If weights of this name were learned otherwise.
+    """
+    from gradstore.numerics.learner import learn_weights
+
+    del engine  # learning is light: it streams C in this process
+    store = FeatureStore.open(spec.run.store)
+    contributions = open_contributions(store, spec.kernel.name, "learn")
+    shape = contributions.shape
+    if spec.learn.k > shape.rows:
+        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {shape.rows} train examples.")
+    settings = learner_settings(spec, shape.query_tile)
+    artifact = WeightsArtifact.create(
+        store.storage,
+        spec.learn.name,
+        settings={
+            "learner": asdict(settings),
+            "kernel": spec.kernel.name,
+            "queries": "learn",
+            "contributions": dict(contributions.settings),
+        },
+    )
+    if artifact.is_complete():
+        return
+    started = time.monotonic()
+    with progress.stage(f"learn {spec.learn.name}", settings.epochs * shape.queries, "steps") as advance:
+        learned = learn_weights(
+            TileReader(contributions, advance).read,
+            num_queries=shape.queries,
+            num_groups=len(shape.groups),
+            settings=settings,
+        )
+    arrays = {array.name: array for array in store.open_set("train").info.arrays}
+    artifact.write(
+        _weights_table([arrays[name] for name in shape.groups], learned),
+        _trajectory_table(learned),
+        facts={"seconds": time.monotonic() - started},
+    )
+
+
+def open_contributions(store: FeatureStore, kernel: str, set_name: str) -> ContributionArtifact:
+    """Open the contributions of a set of queries.
+
+    Raises
+    ------
+    NotReadyError
+        If they are not whole.
+    """
+    artifact = ContributionArtifact.open(store.storage, kernel, set_name)
+    missing = artifact.missing_blocks()
+    if missing:
+        raise NotReadyError(
+            f"contributions/{kernel}/{set_name}: {len(missing)} of {artifact.shape.num_blocks} blocks are missing. "
+            "Run `gradstore contribute` again: it computes those."
+        )
+    return artifact
+
+
+def learner_settings(spec: RunSpec, tile: int) -> LearnerSettings:
+    """The settings of Algorithm 1 that run.toml asks for."""
+    from gradstore.numerics.learner import LearnerSettings
+
+    return LearnerSettings(
+        k=spec.learn.k,
+        epochs=spec.learn.epochs,
+        learning_rate=spec.learn.learning_rate,
+        weight_decay=spec.learn.weight_decay,
+        seed=spec.run.seed if spec.learn.seed is None else spec.learn.seed,
+        tile=tile,
+    )
+
+
+class TileReader:
+    """Gives C_q block by block; holds the tile of queries that q is in, because visits stay inside a tile."""
+
+    def __init__(self, contributions: ContributionArtifact, advance: Callable[[int], None]) -> None:
+        self._contributions = contributions
+        self._advance = advance
+        self._tile = -1
+        self._blocks: list[np.ndarray] = []
+
+    def read(self, query: int) -> Iterator[np.ndarray]:
+        """Pieces [rows, M] of one query's contributions, in row order."""
+        self._advance(1)
+        size = self._contributions.shape.query_tile
+        if query // size != self._tile:
+            first = query // size * size
+            last = min(first + size, self._contributions.shape.queries)
+            self._blocks = list(self._contributions.read_blocks(first, last))
+            self._tile = query // size
+        for block in self._blocks:
+            yield block[query % size]
+
+
+def _weights_table(arrays: list[FeatureArray], learned: LearnedWeights) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.table(
+        {
+            "group": pa.array([array.name for array in arrays], pa.string()),
+            "depth": pa.array([array.depth for array in arrays], pa.int64()),
+            "function": pa.array([array.function for array in arrays], pa.string()),
+            "weight": pa.array(learned.weights, pa.float64()),
+        }
+    )
+
+
+def _trajectory_table(learned: LearnedWeights) -> pa.Table:
+    """One row per step; weights at the steps that end an epoch, because those of every step would be E Q M numbers."""
+    import pyarrow as pa
+
+    steps, queries = len(learned.visits), len(learned.visits) // len(learned.weights_per_epoch)
+    weights = [
+        learned.weights_per_epoch[step // queries] if (step + 1) % queries == 0 else None for step in range(steps)
+    ]
+    return pa.table(
+        {
+            "step": pa.array(range(steps), pa.int64()),
+            "epoch": pa.array([epoch for epoch, _ in learned.visits], pa.int64()),
+            "query": pa.array([query for _, query in learned.visits], pa.int64()),
+            "loss": pa.array(learned.losses, pa.float64()),
+            "weights": pa.array(weights, pa.list_(pa.float64())),
+        }
+    )

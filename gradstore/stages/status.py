@@ -1,0 +1,137 @@
+"""status: what a store holds, and how far each part is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gradstore.store.artifacts import ScoresArtifact, list_artifacts
+from gradstore.store.features import FeatureStore
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gradstore.store.artifacts import ArtifactStatus
+
+
+def status(store_url: str) -> dict[str, Any]:
+    """Plain values: feature sets, kernels, contributions, weights, scores and baselines of a store.
+
+    Raises
+    ------
+    NotReadyError
+        If there is no store at the URL.
+    """
+    store = FeatureStore.open(store_url)
+    artifacts = list_artifacts(store.storage)
+    rankings = [_ranking(store, artifact) for artifact in artifacts if artifact.kind == "scores"]
+    return {
+        "store": store.storage.url,
+        "name": store.run["run"]["name"],
+        "feature_sets": [_feature_set(store, name) for name in store.set_names()],
+        "kernels": [_progress(artifact) for artifact in artifacts if artifact.kind == "kernel"],
+        "queries": [_progress(artifact) for artifact in artifacts if artifact.kind == "queries"],
+        "contributions": [_contributions(artifact) for artifact in artifacts if artifact.kind == "contributions"],
+        "weights": [_weights(artifact) for artifact in artifacts if artifact.kind == "weights"],
+        "scores": [ranking for ranking in rankings if ranking["kernel"] is not None],
+        "baselines": [
+            {key: value for key, value in ranking.items() if key not in ("kernel", "weights")}
+            for ranking in rankings
+            if ranking["kernel"] is None
+        ],
+    }
+
+
+def _feature_set(store: FeatureStore, name: str) -> dict[str, Any]:
+    feature_set = store.open_set(name)
+    info = feature_set.info
+    committed = info.num_blocks - len(feature_set.missing_blocks())
+    return {
+        "name": name,
+        "rows": info.rows,
+        "groups": len(info.arrays),
+        "features": sum(array.features for array in info.arrays),
+        "dtype": info.dtype,
+        "block_rows": info.block_rows,
+        "blocks": {"committed": committed, "total": info.num_blocks},
+    }
+
+
+def _progress(artifact: ArtifactStatus) -> dict[str, Any]:
+    return {"name": artifact.name, "committed": artifact.committed, "total": artifact.total}
+
+
+def _contributions(artifact: ArtifactStatus) -> dict[str, Any]:
+    kernel, _, queries = artifact.name.partition("/")
+    shape = artifact.settings["shape"]
+    return {
+        **_progress(artifact),
+        "kernel": kernel,
+        "kernel_settings": artifact.settings["kernel"],
+        "set": queries,
+        "shape": [shape["queries"], shape["rows"], len(shape["groups"])],
+    }
+
+
+def _weights(artifact: ArtifactStatus) -> dict[str, Any]:
+    return {
+        **_progress(artifact),
+        "kernel": artifact.settings["kernel"],
+        "learner": artifact.settings["learner"],
+    }
+
+
+def _ranking(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
+    """Summary of one ranking; its figures are None until it is committed."""
+    if artifact.committed < artifact.total:
+        kernel, _, method = artifact.name.partition(".")
+        summary: Mapping[str, Any] = {"kernel": None if kernel == "baseline" else kernel, "method": method}
+    else:
+        summary = ScoresArtifact.open(store.storage, artifact.name).read_summary()
+    patch = summary.get("tail_patch")
+    kept = ("mean", "low", "high", "queries", "k", "optimizer", "learning_rate")
+    return {
+        "name": artifact.name,
+        "method": summary["method"],
+        "kernel": summary["kernel"],
+        "weights": summary.get("weights"),
+        "precision_at_10": summary.get("precision_at_10"),
+        "chance": summary.get("chance"),
+        "tail_patch": None if patch is None else {key: patch[key] for key in kept},
+        "committed": artifact.committed,
+        "total": artifact.total,
+    }
+
+
+def render_status(found: Mapping[str, Any]) -> RenderableType:
+    """Draw a status as tables for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts = Table("part", title=f"{found['name']} in {found['store']}", title_justify="left")
+    for column in ("done", "of", "what"):
+        parts.add_column(column, justify="left" if column == "what" else "right")
+    for row in found["feature_sets"]:
+        what = f"{row['rows']:,} rows, {row['groups']:,} groups, {row['features']:,} features, {row['dtype']}"
+        parts.add_row(
+            f"features/{row['name']}", str(row["blocks"]["committed"]), str(row["blocks"]["total"]), f"{what}; blocks"
+        )
+    for kind, unit in (("kernels", "bundles"), ("contributions", "blocks"), ("weights", ""), ("scores", "")):
+        for row in found[kind]:
+            parts.add_row(f"{kind}/{row['name']}", str(row["committed"]), str(row["total"]), unit)
+    figures = Table("ranking", title="rankings of the eval queries", title_justify="left")
+    for column in ("precision@10", "tail-patch %"):
+        figures.add_column(column, justify="right")
+    for row in (*found["scores"], *found["baselines"]):
+        figures.add_row(row["name"], _figure(row["precision_at_10"]), _interval(row["tail_patch"]))
+    rows = [*found["scores"], *found["baselines"]]
+    return Group(parts, figures) if rows else Group(parts, Text("no scores yet"))
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(patch: Mapping[str, Any] | None) -> str:
+    return "" if patch is None else f"{patch['mean']:+.3f} [{patch['low']:+.3f}, {patch['high']:+.3f}]"

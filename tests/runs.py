@@ -1,0 +1,86 @@
+"""Whole runs in small: a tiny model, texts with topics, and a run.toml, made in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.models import make_tiny_model
+
+TOPICS = {
+    "sport": "striker goal club season match coach league keeper cup final",
+    "money": "bank shares profit market price growth trade budget tax firm",
+    "music": "song band album theatre singer stage tour chart award guitar",
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": {"precision": "float32"},
+    "data": {"format": "jsonl", "label": "topic", "length": 24},
+    "data.train": {"rows": 48},
+    "data.learn": {"rows": 12},
+    "data.eval": {"rows": 12},
+    "features": {"projection": {"kind": "logra", "rank": 4}, "token_budget": 96},
+    "kernel": {"kind": "block", "damping": 0.1},
+    "learn": {"k": 3, "epochs": 3},
+    "score": {"k": 10},
+    "score.tail_patch": {"queries": 2, "k": 2},
+    "cluster": {"workers": 2, "memory_per_worker": "4GiB"},
+}
+
+
+def make_run(folder: Path, store: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    """Write a model, a corpus of 90 texts and a run.toml into a folder; return the run.toml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model").exists():
+        make_tiny_model(folder / "model", "llama")
+        write_corpus(folder / "texts.jsonl", 90)
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": "small", "store": store, "seed": 3},
+        "model": {"source": str(folder / "model")},
+        "data": {"source": str(folder / "texts.jsonl")},
+    }
+    for table, values in (*SETTINGS.items(), *(changes or {}).items()):
+        tables.setdefault(table, {}).update(values)
+    lines = []
+    for table, values in tables.items():
+        lines += [f"[{table}]", *(f"{key} = {toml(value)}" for key, value in values.items()), ""]
+    path = folder / "run.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_corpus(path: Path, count: int) -> None:
+    """Write texts of random words of their topic, of different lengths."""
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(count):
+            topic = list(TOPICS)[index % len(TOPICS)]
+            words = rng.choice(TOPICS[topic].split(), int(rng.integers(4, 12)))
+            file.write(json.dumps({"id": f"text-{index}", "topic": topic, "text": " ".join(words)}) + "\n")
+
+
+def toml(value: Any) -> str:
+    """A value as TOML spells it."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)
+
+
+def gradstore(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed command line as a user does."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, check=False
+    )
+
+
+def command(*arguments: str | Path) -> Sequence[str]:
+    """The command line of the installed program."""
+    return [str(Path(sys.executable).parent / "gradstore"), *map(str, arguments)]

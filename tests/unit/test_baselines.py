@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import numpy as np
+
+from gradstore.stages.score.baselines import bm25, random_rows
+
+DOCUMENTS = [
+    "the cat sat on a mat",
+    "stock markets fell in London",
+    "the striker scored a late goal",
+    "a goal for the cat",
+]
+
+
+def test_bm25_finds_the_document_that_shares_rare_words() -> None:
+    rows, scores = bm25(["markets in London", "striker goal"], DOCUMENTS, 2)
+    assert rows[0, 0] == 1
+    assert rows[1].tolist() == [2, 3]
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_bm25_keeps_no_more_rows_than_there_are() -> None:
+    rows, _ = bm25(["goal"], DOCUMENTS, 10)
+    assert sorted(rows[0].tolist()) == [0, 1, 2, 3]
+
+
+def test_random_rows_are_distinct_and_repeatable() -> None:
+    rows = random_rows(num_queries=3, num_rows=20, k=10, seed=4)
+    assert all(len(set(row)) == 10 for row in rows.tolist())
+    assert (rows == random_rows(num_queries=3, num_rows=20, k=10, seed=4)).all()
