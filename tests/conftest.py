@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Bit-identical numbers and honest CPU seconds want one thread; two cores are shared with worker processes.
@@ -15,3 +17,13 @@ pytest_plugins = ["tests.servers"]
 
 settings.register_profile("gradstore", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("gradstore")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a corpus and a run.toml whose store does not exist."""
+    from tests.runs import make_run
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_run(folder, str(folder / "store"))
+    return folder

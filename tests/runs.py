@@ -39,6 +39,7 @@ def make_run(folder: Path, store: str, changes: Mapping[str, Mapping[str, Any]] 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         make_tiny_model(folder / "model", "llama")
+    if not (folder / "texts.jsonl").exists():
         write_corpus(folder / "texts.jsonl", 90)
     tables: dict[str, dict[str, Any]] = {
         "run": {"name": "small", "store": store, "seed": 3},

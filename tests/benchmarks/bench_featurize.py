@@ -9,7 +9,6 @@ alternate in one process on one thread; a ratio is the median over the rounds of
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -178,7 +177,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-if __name__ == "__main__":
-    print(json.dumps(rows(), indent=1))

@@ -27,9 +27,10 @@ SETS = ("train", "learn", "eval")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run.toml of a run that went undisturbed."""
     folder = tmp_path_factory.mktemp("whole")
+    (folder / "model").symlink_to(tiny_run / "model")
     run = make_run(folder, str(folder / "store"))
     done = gradstore("run", run)
     assert done.returncode == 0, done.stderr
@@ -165,9 +166,8 @@ def test_running_again_computes_nothing(finished: Path) -> None:
 
 
 def test_stages_one_by_one_on_s3_end_in_the_same_numbers(finished: Path, seaweed: S3Server, tmp_path: Path) -> None:
-    run = make_run(tmp_path, seaweed.url("whole"))
-    (tmp_path / "model").rename(tmp_path / "unused")
     (tmp_path / "model").symlink_to(finished.parent / "model")
+    run = make_run(tmp_path, seaweed.url("whole"))
     for stage in ("featurize", "kernel", "contribute", "learn", "score"):
         done = gradstore(stage, run, "--quiet", env=seaweed.env)
         assert done.returncode == 0, done.stderr
@@ -194,9 +194,8 @@ def test_stages_one_by_one_on_s3_end_in_the_same_numbers(finished: Path, seaweed
 def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_the_same_bits(
     finished: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, str(tmp_path / "store"))
-    (tmp_path / "model").rename(tmp_path / "unused")
     (tmp_path / "model").symlink_to(finished.parent / "model")
+    run = make_run(tmp_path, str(tmp_path / "store"))
     records = tmp_path / "store" / "features" / "train" / "blocks"
     killed = subprocess.Popen(command("run", run), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120

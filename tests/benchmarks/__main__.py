@@ -1,0 +1,32 @@
+"""`make bench`: every benchmark in one process after another; writes runs/bench.json and prints what it says."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks import bench_featurize
+
+BENCHMARKS = (bench_featurize,)
+
+
+def main() -> None:
+    """Run all benchmarks; a ratio is of one process and one run, so it can be compared between machines."""
+    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    rows = []
+    for benchmark in BENCHMARKS:
+        for row in benchmark.rows():
+            rows.append({**row, "machine": machine})
+            met = row["ratio"] <= row["target"] if row["better"] == "lower" else row["ratio"] >= row["target"]
+            print(f"{row['name']:<32} {row['ratio']:.3f}  target {row['target']:.2f}  {'met' if met else 'MISSED'}")
+    path = Path("runs") / "bench.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The demo on the real model and the real corpus: its promises, and a kill in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from gradstore.store.features import FeatureStore
+from tests.browser import CHROMIUM, Browser, Page
+from tests.runs import command, gradstore
+from tests.slow.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_block_kernel_finds_topics_and_the_run_says_what_that_is_worth(demo: Path) -> None:
+    status = json.loads(gradstore("status", "runs/demo", "--json", cwd=demo).stdout)
+    precision = {row["weights"]: row["precision_at_10"] for row in status["scores"] if row["kernel"] == "block"}
+    assert precision[None] >= 0.45
+    assert precision["learned"] > 2 * status["scores"][0]["chance"]
+    methods = {row["method"]: row for row in (*status["baselines"], *status["scores"])}
+    assert methods["unweighted"]["tail_patch"]["mean"] > methods["random"]["tail_patch"]["mean"]
+    printed = (demo / "demo.txt").read_text(encoding="utf-8")
+    assert "Label precision@10" in printed
+    assert "101 duplicates" in printed
+    assert "Topic is not causal effect" in " ".join(printed.split())
+
+
+def test_every_article_is_in_one_split_only(demo: Path) -> None:
+    store = FeatureStore.open(str(demo / "runs" / "demo"))
+    tables = [store.open_set(name).read_examples(["content_hash", "label"]) for name in ("train", "learn", "eval")]
+    hashes = [value for table in tables for value in table["content_hash"].to_pylist()]
+    assert len(hashes) == len(set(hashes)) == 520
+    assert set(tables[0]["label"].to_pylist()) == {"business", "entertainment", "politics", "sports", "tech"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_page_of_the_demo_opens_without_complaint_and_without_overflow(
+    demo: Path, tmp_path: Path, width: int
+) -> None:
+    report = demo / "runs" / "demo" / "report.html"
+
+    async def look(page: Page) -> None:
+        await page.open(report, width=width)
+        assert page.complaints == []
+        assert page.requests == [report.as_uri()]
+        assert await page.run("document.documentElement.scrollWidth") <= width
+        assert await page.run("document.body.innerText.includes('Learned weights along depth')")
+
+    with Browser(tmp_path / "profile") as browser:
+        browser.visit(look)
+
+
+def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks_and_the_same_bits(
+    demo: Path, tmp_path: Path
+) -> None:
+    run = command("featurize", ROOT / "pipelines" / "quickstart" / "run.toml")
+    records = tmp_path / "runs" / "demo" / "features" / "train" / "blocks"
+    killed = subprocess.Popen(run, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while not (records.exists() and len(list(records.iterdir())) >= 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    # Workers notice that their parent is gone, and end without anyone's help.
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    store = FeatureStore.open(str(tmp_path / "runs" / "demo"))
+    before = {path.name: path.read_bytes() for path in records.iterdir()}
+    assert 0 < len(before) < store.open_set("train").info.num_blocks
+
+    again = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert {name: (records / name).read_bytes() for name in before} == before
+    undisturbed = FeatureStore.open(str(demo / "runs" / "demo"))
+    for name in ("train", "learn", "eval"):
+        ours, theirs = store.open_set(name), undisturbed.open_set(name)
+        for block in range(ours.info.num_blocks):
+            here, there = ours.read_block(block), theirs.read_block(block)
+            assert all(np.array_equal(here[group], there[group]) for group in there)

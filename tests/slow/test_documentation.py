@@ -1,0 +1,68 @@
+"""What README and docs show works: Python blocks run beside the demo's store, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import gradstore
+from tests.slow.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipelines").rglob("*.md")])
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, code) of every block of a language."""
+    found = []
+    for page in PAGES:
+        for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            found.append((str(page.relative_to(ROOT)), code))
+    return found
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_a_block_of_python_runs_beside_the_demo(demo: Path, page: str, code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=demo, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("sh"))
+def test_a_command_that_is_shown_exists(page: str, code: str) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for line in filter(None, (text.partition("#")[0].strip() for text in code.splitlines())):
+        program, *arguments = line.split()
+        if program == "make":
+            assert set(arguments) <= targets, f"{page}: {line}"
+        else:
+            assert program == "gradstore", f"{page}: {line}"
+            assert gradstore(arguments[0], "--help").returncode == 0, f"{page}: {line}"
+
+
+def test_every_command_is_documented() -> None:
+    shown = gradstore("--help").stdout
+    commands = re.findall(r"^  (\w+)  ", shown[shown.index("Commands:") :], re.MULTILINE)
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert len(commands) == 10
+    for command in commands:
+        assert re.search(rf"(`|gradstore ){command}\b", text), command
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    mkdocs = Path(sys.executable).parent / "mkdocs"
+    built = subprocess.run(
+        [mkdocs, "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "site" / "index.html").exists()
