@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstore.errors import GradstoreError
+from gradstore.errors import GradstoreError, StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,9 +41,6 @@ def main() -> None:
     except GradstoreError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; what was committed stays, the same command goes on from there\n")
-        sys.exit(130)
 
 
 def _version(show: bool) -> None:
@@ -134,11 +131,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page to write; STORE/report.html for a directory.")
     ] = None,
+    kernel: Annotated[
+        str | None, typer.Option("--kernel", help="Which kernel's rankings, where a store has several.")
+    ] = None,
 ) -> None:
     """Print the tables of a finished run and write its page, one HTML file that needs no network."""
     from gradstore.stages.report import report as stage
 
-    tables, page = stage(store, output)
+    tables, page = stage(store, output, kernel)
     _print(*tables)
     typer.echo(f"report: {page}")
 
@@ -150,7 +150,7 @@ def run_all(run: Run, quiet: Quiet = False) -> None:
     from gradstore.stages.run import STAGES
 
     spec = _run_stages(run, quiet, *STAGES)
-    tables, page = page_stage(spec.run.store, None)
+    tables, page = page_stage(spec.run.store, None, spec.kernel.name)
     _print(*tables)
     typer.echo(f"report: {page}")
 
@@ -176,9 +176,12 @@ def _run_stages(path: Path, quiet: bool, *stages: Stage) -> RunSpec:
 
     spec = read_spec(path)
     progress = Progress(quiet=quiet)
-    with Engine(spec.cluster, progress.note) as engine:
-        for stage in stages:
-            stage(spec, engine, progress)
+    try:
+        with Engine(spec.cluster, progress.note) as engine:
+            for stage in stages:
+                stage(spec, engine, progress)
+    except KeyboardInterrupt:
+        raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
     return spec
 
 

@@ -7,14 +7,17 @@ records, so losing a worker, the scheduler or this process loses no committed wo
 from __future__ import annotations
 
 import logging
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlparse
+from uuid import uuid4
 
-from gradstore.errors import GradstoreError, SpecError, TaskError
+from gradstore.errors import GradstoreError, IntegrityError, ObjectMissingError, SpecError, StorageError, TaskError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 # A transient fault deserves another try, a deterministic one should not cost many (architecture.md, engine).
 RETRIES = 2
+POLL_SECONDS = 0.02
+PATIENCE_SECONDS = 30.0
 ALLOWED_WORKER_DEATHS = 4
 # A batch frees and takes gigabytes of activations. Giving them back to the system each time doubled featurize's CPU
 # seconds in page faults; glibc keeps them for the next batch instead.
@@ -83,29 +88,73 @@ class Engine:
             return
         from distributed import as_completed
 
-        by_key = {}
-        futures = []
-        for task in tasks:
-            future = self.client.submit(task.function, *task.arguments, pure=False, retries=RETRIES, key=task.name)
-            by_key[future.key] = task
-            futures.append(future)
+        # Keys are global to a scheduler, and other runs may share it.
+        run = uuid4().hex
+        by_key = {f"{task.name}-{run}": task for task in tasks}
+        futures = [
+            self.client.submit(_attempt, task.function, *task.arguments, key=key, pure=False, retries=RETRIES)
+            for key, task in by_key.items()
+        ]
         failed: dict[str, BaseException] = {}
-        for future in as_completed(futures):
+        for future in self._as_they_finish(as_completed(futures)):
             task = by_key[future.key]
             if future.status == "error":
                 failed[task.name] = future.exception()
             elif future.status == "cancelled":
-                failed[task.name] = TaskError("was cancelled")
+                failed[task.name] = TaskError("it was cancelled")
+            elif isinstance(result := future.result(), _Refused):
+                failed[task.name] = result.error
             else:
-                yield task, future.result()
+                yield task, result
         if failed:
             raise _failure(failed)
+
+    def _as_they_finish(self, futures: Any) -> Iterator[Any]:
+        """Futures as they finish; where no worker is left to finish one, say so, and give up on an embedded cluster."""
+        alone_since = last_told = time.monotonic()
+        while not futures.is_empty():
+            if futures.has_ready():
+                yield next(futures)
+                alone_since = time.monotonic()
+                continue
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - max(alone_since, last_told) < PATIENCE_SECONDS:
+                continue
+            last_told = time.monotonic()
+            if self.client.nthreads():
+                alone_since = last_told
+            elif self._section.kind == "local":
+                raise TaskError(
+                    "no worker process is left, and none could be started again. What was committed stays; the same "
+                    "command goes on from there."
+                )
+            else:
+                self._announce(f"no worker is left at {self._section.address}; waiting for one")
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A task's own error, returned and not raised: trying again would find the same."""
+
+    error: GradstoreError
+
+
+def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a task on a worker. Storage may answer the next time; gradstore's other errors are not worth a retry."""
+    try:
+        return function(*arguments)
+    except (IntegrityError, ObjectMissingError) as error:
+        return _Refused(error)
+    except StorageError:
+        raise
+    except GradstoreError as error:
+        return _Refused(error)
 
 
 def _local(section: ClusterSection, stack: ExitStack) -> Client:
     """Start an embedded cluster of processes on loopback that ends with this process."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, WorkerPlugin
 
     # One compute thread a worker: bit-identical features, and BLAS pools that do not fight over cores. Spawned, because
     # the object store's runtime and torch hang after a fork.
@@ -115,6 +164,12 @@ def _local(section: ClusterSection, stack: ExitStack) -> Client:
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.scheduler.allowed-failures": ALLOWED_WORKER_DEATHS,
         "distributed.worker.daemon": True,
+        # Tasks hand over names and numbers, so there is nothing to spill; a pause would only wait for memory that the
+        # process keeps for its next batch. Above the limit a worker ends, and its task is tried again.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": 1.0,
     }
     stack.enter_context(dask.config.set(settings))
     cluster = stack.enter_context(
@@ -125,10 +180,17 @@ def _local(section: ClusterSection, stack: ExitStack) -> Client:
             memory_limit=section.worker_memory_bytes,
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
+            silence_logs=logging.CRITICAL,
         )
     )
     client: Client = stack.enter_context(Client(cluster))
+
+    class IgnoreInterrupts(WorkerPlugin):  # type: ignore[misc]
+        def setup(self, worker: object) -> None:
+            """Leave Ctrl-C, which a terminal sends to every process, to the command, which ends its workers."""
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    client.register_plugin(IgnoreInterrupts())
     return client
 
 
@@ -147,6 +209,16 @@ def _scheduler(section: ClusterSection, stack: ExitStack) -> Client:
         client: Client = stack.enter_context(Client(address, timeout="30s"))
     except (OSError, TimeoutError) as error:
         raise TaskError(f"cluster.address: no scheduler answers at {address}: {error}") from error
+    threads = client.nthreads()
+    if not threads:
+        raise TaskError(f"cluster.address: the scheduler at {address} has no workers. Start some, then run again.")
+    for worker, count in threads.items():
+        if count != 1:
+            # A model's hooks belong to one pass at a time.
+            raise SpecError(
+                f"cluster.address: worker {worker} has {count} threads; accepted: 1. Start workers with --nthreads 1, "
+                "several per machine."
+            )
     return client
 
 
@@ -162,15 +234,21 @@ def _is_loopback(address: str) -> bool:
 
 
 def _failure(failed: Mapping[str, BaseException]) -> GradstoreError:
-    names = ", ".join(sorted(failed))
-    first = next(iter(failed.values()))
-    if isinstance(first, GradstoreError):
-        return first
-    if type(first).__name__ == "KilledWorker":
+    """What to raise: a task's own error before others, with the names of all tasks that failed."""
+    own = [(name, error) for name, error in failed.items() if isinstance(error, GradstoreError)]
+    name, error = own[0] if own else next(iter(failed.items()))
+    others = f" ({len(failed) - 1} more tasks failed: {_some(failed, but=name)})" if len(failed) > 1 else ""
+    committed = "Everything else was committed; the same command goes on from there."
+    if own:
+        return type(own[0][1])(f"{name}: {error}{others}")
+    if type(error).__name__ == "KilledWorker":
         return TaskError(
-            f"{names}: the worker died {ALLOWED_WORKER_DEATHS} times, most likely out of memory. Everything else was "
-            f"committed. Lower features.token_budget or features.block_rows, or raise cluster.memory_per_worker."
+            f"{name}: its worker died {ALLOWED_WORKER_DEATHS} times, most likely out of memory{others}. {committed} Lower "
+            "features.token_budget or features.block_rows, or raise cluster.memory_per_worker."
         )
-    return TaskError(
-        f"{names}: {type(first).__name__}: {first}. Everything else was committed; the same command resumes."
-    )
+    return TaskError(f"{name}: {type(error).__name__}: {error}{others}. {committed}")
+
+
+def _some(failed: Mapping[str, BaseException], *, but: str, most: int = 5) -> str:
+    names = sorted(name for name in failed if name != but)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

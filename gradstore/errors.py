@@ -9,7 +9,8 @@
     ├── StorageError        the storage refused or failed: mend access, then run the same command again
     │   ├── ObjectMissingError   one named object is not there
     │   └── IntegrityError       one named object is not what its checksum says
-    └── TaskError           a task failed after its retries: run the same command again to resume
+    ├── TaskError           a task failed after its retries: run the same command again to resume
+    └── StoppedError        the user stopped it: run the same command again to resume
 
 A message says what was found, where, and what to change. ``exit_code`` is what the command line returns.
 """
@@ -73,3 +74,9 @@ class TaskError(GradstoreError):
     """A task failed after its retries; what was committed stays."""
 
     exit_code = 8
+
+
+class StoppedError(GradstoreError):
+    """The user interrupted the command; what was committed stays."""
+
+    exit_code = 130

@@ -87,6 +87,12 @@ class StorageSuite:
         assert list(storage.list_objects("")) == []
         assert storage.publish("a/1", [b"y"])
 
+    def test_sweeping_removes_no_object(self, storage: Storage) -> None:
+        storage.publish("a/b/1", [b"x"])
+        storage.sweep("a")
+        storage.sweep("nowhere")
+        assert storage.read("a/b/1") == b"x"
+
     def test_names_with_percent_signs_and_tildes_are_taken_literally(self, storage: Storage) -> None:
         storage.publish("a/x%2Fy~1/%2E/c", [b"1"])
         assert [info.path for info in storage.list_objects("a")] == ["a/x%2Fy~1/%2E/c"]
@@ -102,13 +108,20 @@ class Killed(BaseException):
     """Stands for kill -9: no handler in the code under test catches it."""
 
 
-class KillingStorage:
-    """A storage whose process dies just before, or just after, one of its changes."""
+def die() -> None:
+    raise Killed
 
-    def __init__(self, storage: Storage, *, changes: int, after: bool = False) -> None:
+
+class KillingStorage:
+    """A storage whose process dies, or sees something else happen, just before or just after one of its changes."""
+
+    def __init__(
+        self, storage: Storage, *, changes: int, after: bool = False, event: Callable[[], object] = die
+    ) -> None:
         self._storage = storage
         self._left = changes
         self._after = after
+        self._event = event
         self.url = storage.url
         self.concurrency = 1
 
@@ -119,12 +132,12 @@ class KillingStorage:
         return self._storage.read_into(path, buffer)
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
-        if self._left == 0 and not self._after:
-            raise Killed
-        published = self._storage.publish(path, parts)
-        if self._left == 0:
-            raise Killed
         self._left -= 1
+        if self._left == -1 and not self._after:
+            self._event()
+        published = self._storage.publish(path, parts)
+        if self._left == -1 and self._after:
+            self._event()
         return published
 
     def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
@@ -135,3 +148,6 @@ class KillingStorage:
 
     def delete(self, path: str) -> None:
         self._storage.delete(path)
+
+    def sweep(self, folder: str) -> None:
+        self._storage.sweep(folder)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gradstore.adapters.gguf import dequantise, dequantised_folder
+from gradstore.adapters.gguf import dequantise, dequantised_folder, read_config
 from gradstore.adapters.locations import resolve_location
 from gradstore.adapters.protocol import Examples
 from gradstore.adapters.splits import TOKENS, split_examples
 from gradstore.adapters.tokenizer import TextTokenizer
-from gradstore.errors import DataError, SpecError
-from gradstore.spec import DataSection, ModelSection
+from gradstore.errors import DataError, GradstoreError, SpecError
+from gradstore.spec import DataSection, ModelSection, content_hash
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 OUTPUT: Final = "token_cross_entropy"
+
+# Where a configuration came from, and how it is kept.
+NO_ARCHITECTURE: Final = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,13 @@ class CausalLM:
         SpecError
             If the model cannot be found or is no causal language model.
         DataError
-            If the weights do not fill the model.
+            If the weights are damaged or do not fill the model.
         """
         import torch
         from transformers import AutoModelForCausalLM
 
         config = self._config(weights=device != "meta")
-        with _explained(self.model.source):
+        with _explained(f"model.source: {self.model.source!r}"):
             if device == "meta":
                 with torch.device("meta"):
                     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -62,6 +67,8 @@ class CausalLM:
                     dtype=torch.float32,
                     attn_implementation="sdpa",
                     output_loading_info=True,
+                    # Refused below, by name.
+                    ignore_mismatched_sizes=True,
                     **self._revision(),
                 )
                 _refuse_unfilled(report, self.model.source)
@@ -108,9 +115,10 @@ class CausalLM:
         return OUTPUTS[OUTPUT](logits, tokens, mask)
 
     def identity(self) -> dict[str, Any]:
-        """Return adapter, tokenizer, output function and how texts are cut."""
+        """Return adapter, architecture, tokenizer, output function and how texts are cut."""
         return {
             "adapter": "causal_lm",
+            "architecture": self._architecture(),
             "tokenizer": self._tokenizer().hash(),
             "output": OUTPUT,
             "truncation": {
@@ -125,7 +133,14 @@ class CausalLM:
         return tuple(name for name, module in model.named_modules() if module is head)
 
     def _source(self) -> str:
-        return resolve_location(self.model.source, "model.source")
+        source = resolve_location(self.model.source, "model.source")
+        # A hub id is NAME or OWNER/NAME; whatever else there is must be a folder.
+        if (source.startswith(("/", ".", "~")) or source.count("/") > 1) and not Path(source).is_dir():
+            raise SpecError(
+                f"model.source: {self.model.source!r}: there is no such folder. Name a folder with a config.json and "
+                "weights, or a hub id."
+            )
+        return source
 
     def _gguf(self) -> Path | None:
         return None if self.model.gguf_file is None else Path(self._source()) / self.model.gguf_file
@@ -139,49 +154,65 @@ class CausalLM:
         return {"revision": self.model.revision or "main", "trust_remote_code": False}
 
     def _config(self, *, weights: bool) -> PretrainedConfig:
-        """The model's configuration; where the weights are not needed a GGUF file is not dequantised for it."""
+        """The model's configuration; where the weights are not needed, that of run.toml, and no GGUF file is dequantised."""
         from transformers import AutoConfig
 
-        with _explained(self.model.source):
-            if self.model.config is not None:
+        if self.model.config is not None and not weights:
+            with _explained(f"model.config: {self.model.config!r}"):
                 return AutoConfig.from_pretrained(self.model.config, trust_remote_code=False)
+        with _explained(f"model.source: {self.model.source!r}"):
             gguf = self._gguf()
             if gguf is not None and not weights and not dequantised_folder(gguf).is_dir():
-                return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+                return read_config(gguf)
             return AutoConfig.from_pretrained(self._folder(), **self._revision())
+
+    def _architecture(self) -> str:
+        """Hash of what the configuration says about the computation: weights of one shape may run as several models."""
+        config = self._config(weights=True).to_dict()
+        return content_hash({key: value for key, value in config.items() if key not in NO_ARCHITECTURE})
 
     def _tokenizer(self) -> TextTokenizer:
         from transformers import AutoTokenizer
 
-        with _explained(self.model.source):
+        with _explained(f"model.source: {self.model.source!r}", role="a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self._folder(), **self._revision())
         return TextTokenizer(tokenizer=tokenizer, source=self.model.source)
 
 
 def _refuse_unfilled(report: dict[str, Any], source: str) -> None:
-    """What a checkpoint lacks transformers fills with random numbers, and only warns."""
-    missing = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind])
-    if missing:
-        raise DataError(
-            f"model.source: the weights of {source} lack {len(missing)} tensors of the model: {', '.join(missing[:5])}. "
-            "Name a checkpoint of a causal language model."
-        )
+    """What a checkpoint lacks or has in another shape transformers fills with random numbers, and only warns."""
+    missing = sorted(str(name) for name in report["missing_keys"])
+    mismatched = sorted(f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
+    for names, what in ((missing, "lack {} tensors"), (mismatched, "have the wrong shape for {} tensors")):
+        if names:
+            raise DataError(
+                f"model.source: the weights of {source} {what.format(len(names))} of the model: {', '.join(names[:5])}. "
+                "Name a checkpoint of a causal language model."
+            )
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn what transformers raises about a model it cannot load into one error, without its progress bars."""
+def _explained(named: str, *, role: str = "a causal language model") -> Iterator[None]:
+    """Turn what transformers raises about a model it cannot load into one error, without its progress bars and tables."""
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (GradstoreError, MemoryError):
+        raise
+    except SafetensorError as error:
+        raise DataError(f"{named} holds damaged weights: {error}. Fetch or copy the model again.") from error
+    # A broken file makes the readers of its format fail in any way: struct.error, IndexError, KeyError and others.
+    except Exception as error:
         raise SpecError(
-            f"model.source: {source!r} does not load as a causal language model: {error}\n"
-            "Name a folder with a config.json and weights, or a hub id that this machine can reach."
+            f"{named} does not load as {role}: {error}\n"
+            "Name a folder with a config.json, weights and a tokenizer, or a hub id that this machine can reach."
         ) from error
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

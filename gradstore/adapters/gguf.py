@@ -8,12 +8,17 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradstore.adapters.locations import cache_folder
 from gradstore.errors import SpecError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # To be raised when what is written for a file changes.
 _RECIPE = 1
@@ -68,15 +73,27 @@ def dequantise(file: Path) -> Path:
     return folder
 
 
+def read_config(file: Path) -> PretrainedConfig:
+    """Return the configuration of the model of a GGUF file, without dequantising it.
+
+    Raises
+    ------
+    SpecError
+        If the file cannot be read as a GGUF file of a language model.
+    """
+    from transformers import AutoConfig
+
+    with _explained(file):
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+
+
 def _write_dequantised(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _explained(file):
         quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
-        raise SpecError(f"model.gguf_file: {file} cannot be read as a GGUF language model: {error}") from error
     config = quantised.config
     del config.quantization_config
     # transformers refuses to save the model it has just dequantised; an equal one without that history it saves.
@@ -86,3 +103,17 @@ def _write_dequantised(file: Path, folder: Path) -> None:
     model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    # A broken file makes its reader fail in any way: struct.error, IndexError, KeyError and others.
+    except Exception as error:
+        raise SpecError(
+            f"model.gguf_file: {file} cannot be read as a GGUF language model: {error}\n"
+            "Fetch the file again, or name another."
+        ) from error

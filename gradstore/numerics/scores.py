@@ -1,13 +1,13 @@
 """Scores S[q, n] = sum_j w_j C[q, n, j], and the rows that score best and worst, as C streams by."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
 # Q queries, N rows of one block, M groups, K rows kept per query.
+
+LARGEST, SMALLEST = 1.0, -1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +20,9 @@ class Ranked:
 
 
 class Ranking:
-    """Keeps, for every query, the ``k`` rows of the largest (or smallest) score seen so far.
+    """Keeps, for every query, the ``k`` rows of the largest and the ``k`` of the smallest scores seen so far.
 
-    Memory is Q k (M + 2) numbers whatever the number of rows. Equal scores are ordered by row number, so the result does
+    Memory is 2 Q k (M + 2) numbers whatever the number of rows. Equal scores are ordered by row number, so the result does
     not depend on the order or the size of the blocks.
 
     Parameters
@@ -30,19 +30,17 @@ class Ranking:
     num_queries, num_groups
         Q and M.
     k
-        Rows kept per query.
-    largest
-        True for proponents, False for opponents.
+        Rows kept per query and side.
     """
 
-    def __init__(self, *, num_queries: int, num_groups: int, k: int, largest: bool) -> None:
+    def __init__(self, *, num_queries: int, num_groups: int, k: int) -> None:
         self._k = k
-        self._sign = 1.0 if largest else -1.0
-        self._best = Ranked(
+        nothing = Ranked(
             rows=np.empty((num_queries, 0), np.int64),
             scores=np.empty((num_queries, 0), np.float64),
             parts=np.empty((num_queries, 0, num_groups), np.float32),
         )
+        self._best = {LARGEST: nothing, SMALLEST: nothing}
 
     def update(
         self,
@@ -52,23 +50,28 @@ class Ranking:
     ) -> None:
         """Take in one block of C; rows are numbered by ``rows_N``."""
         scores_QN = contributions_QNM.astype(np.float64) @ weights_M
-        chosen_QK = self._order(scores_QN, np.broadcast_to(rows_N, scores_QN.shape))
-        parts = np.take_along_axis(contributions_QNM, chosen_QK[:, :, None], 1) * weights_M
-        rows = np.concatenate([self._best.rows, rows_N[chosen_QK]], 1)
-        scores = np.concatenate([self._best.scores, np.take_along_axis(scores_QN, chosen_QK, 1)], 1)
-        parts = np.concatenate([self._best.parts, parts.astype(np.float32)], 1)
-        keep = self._order(scores, rows)
-        self._best = Ranked(
-            rows=np.take_along_axis(rows, keep, 1),
-            scores=np.take_along_axis(scores, keep, 1),
-            parts=np.take_along_axis(parts, keep[:, :, None], 1),
-        )
+        for sign, best in self._best.items():
+            chosen_QK = _order(sign * scores_QN, np.broadcast_to(rows_N, scores_QN.shape), self._k)
+            parts = np.take_along_axis(contributions_QNM, chosen_QK[:, :, None], 1) * weights_M
+            rows = np.concatenate([best.rows, rows_N[chosen_QK]], 1)
+            scores = np.concatenate([best.scores, np.take_along_axis(scores_QN, chosen_QK, 1)], 1)
+            parts = np.concatenate([best.parts, parts.astype(np.float32)], 1)
+            keep = _order(sign * scores, rows, self._k)
+            self._best[sign] = Ranked(
+                rows=np.take_along_axis(rows, keep, 1),
+                scores=np.take_along_axis(scores, keep, 1),
+                parts=np.take_along_axis(parts, keep[:, :, None], 1),
+            )
 
-    def result(self) -> Ranked:
-        """The rows kept so far, best first."""
-        return self._best
+    def proponents(self) -> Ranked:
+        """The rows of the largest scores so far, largest first."""
+        return self._best[LARGEST]
 
-    def _order(self, scores_QN: Float[np.ndarray, "Q N"], rows_QN: Int[np.ndarray, "Q N"]) -> Int[np.ndarray, "Q K"]:
-        """Columns of the k best scores of every query, best first; rows of equal score in ascending order."""
-        order = np.lexsort((rows_QN, -self._sign * scores_QN), axis=1)
-        return order[:, : self._k]
+    def opponents(self) -> Ranked:
+        """The rows of the smallest scores so far, smallest first."""
+        return self._best[SMALLEST]
+
+
+def _order(scores_QN: Float[np.ndarray, "Q N"], rows_QN: Int[np.ndarray, "Q N"], k: int) -> Int[np.ndarray, "Q K"]:
+    """Columns of the k largest scores of every query, largest first; rows of equal score in ascending order."""
+    return np.lexsort((rows_QN, -scores_QN), axis=1)[:, :k]

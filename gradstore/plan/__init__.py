@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from gradstore.adapters import Adapter
-from gradstore.errors import ResourceError
+from gradstore.errors import ResourceError, SpecError
 from gradstore.groups import ParameterGroup, Partition
+from gradstore.plan.memory import TaskMemory
 from gradstore.plan.resolve import make_adapter, model_shape, resolve_device, resolve_kernel, resolve_projection
 from gradstore.plan.sizes import (
     ASSUMED_RATE,
@@ -28,13 +31,25 @@ from gradstore.plan.sizes import (
     Sizes,
     StagePlan,
     gigabytes,
-    kernel_bundles,
 )
+from gradstore.plan.stages import stage_plans
 from gradstore.spec import SPLITS, RunSpec
 
 if TYPE_CHECKING:
     from gradstore.numerics.kernel import Kernel
     from gradstore.numerics.projection import Projection
+
+# What a file takes on a disk beside its array's bytes: half a page of 4 KiB, and its part of records, metadata and tables.
+# The quickstart's 6,900 files take 9 KB each.
+FILE_BYTES = 9_000
+# What to lower where a stage's tasks do not fit a worker, or its work the process that runs it.
+LOWER = {
+    "featurize": "features.token_budget, features.block_rows or the projection's rank",
+    "kernel": "the projection's rank",
+    "contribute": "data.learn.rows, data.eval.rows, features.block_rows or the projection's rank",
+    "score": "score.tail_patch.k, or set score.tail_patch.queries = 0",
+}
+CLIENT_QUERIES = {"learn": "learn", "score": "eval"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,18 +118,13 @@ def make_plan(spec: RunSpec, rows: Mapping[str, int] | None = None) -> Plan:
     projection, kernel = resolve_projection(spec), resolve_kernel(spec)
     model = model_shape(adapter, adapter.load("meta"), spec)
     rows = rows or _declared_rows(spec, adapter)
+    if spec.learn.k > rows["train"]:
+        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {rows['train']:,} rows of data.train.")
     widths = [projection.width(group) for group in model.partition.groups]
     sizes = Sizes(spec, model, widths, resolve_device(spec))
     sets = {name: sizes.set_plan(name, rows[name]) for name in SPLITS}
-    tiles = {name: sizes.query_tile(sets[name], sets["train"]) for name in ("learn", "eval")}
-    bundles = kernel_bundles(widths) if kernel.needs_spectra else 0
-    stages = (
-        sizes.featurize_stage(sets),
-        sizes.kernel_stage(sets["train"], bundles),
-        sizes.contribute_stage(sets, tiles),
-        sizes.learn_stage(sets, tiles["learn"]),
-        sizes.score_stage(sets),
-    )
+    memory = TaskMemory(spec, model, widths)
+    stages = stage_plans(spec, widths, sets, memory, spectra=kernel.needs_spectra)
     plan = Plan(
         partition=model.partition,
         projection=projection,
@@ -122,9 +132,11 @@ def make_plan(spec: RunSpec, rows: Mapping[str, int] | None = None) -> Plan:
         sets=sets,
         stages=stages,
         worker_memory_bytes=sizes.worker_memory,
-        notes=tuple(_notes(sets, stages, model.partition, sizes)),
+        notes=tuple(_notes(spec, sets, stages, model.partition, sizes)),
     )
-    _refuse_what_does_not_fit(spec, plan)
+    _refuse_wide_chunks(spec, plan)
+    _refuse_too_little_memory(spec, plan)
+    _refuse_a_full_disk(spec, plan)
     return plan
 
 
@@ -135,26 +147,55 @@ def _declared_rows(spec: RunSpec, adapter: Adapter) -> dict[str, int]:
     return {name: len(rows) for name, rows in adapter.examples().splits.items()}
 
 
-def _refuse_what_does_not_fit(spec: RunSpec, plan: Plan) -> None:
+def _refuse_wide_chunks(spec: RunSpec, plan: Plan) -> None:
     for group, width in zip(plan.partition.groups, plan.widths, strict=True):
         _refuse_wide(group, width, ITEM_BYTES[spec.features.dtype])
+    for planned in plan.sets.values():
+        if planned.largest_chunk_bytes > REFUSED_CHUNK_BYTES:
+            row_bytes = planned.largest_chunk_bytes // planned.block_rows
+            raise ResourceError(
+                f"features.block_rows: {planned.block_rows} rows make a chunk of {gigabytes(planned.largest_chunk_bytes)} "
+                f"in the {planned.dtype} set {planned.name}; the limit is {gigabytes(REFUSED_CHUNK_BYTES)}. Use at most "
+                f"{REFUSED_CHUNK_BYTES // row_bytes}, or leave it to the plan."
+            )
+
+
+def _refuse_too_little_memory(spec: RunSpec, plan: Plan) -> None:
     worst = max(plan.stages, key=lambda stage: stage.task_memory_bytes)
     if worst.task_memory_bytes > plan.worker_memory_bytes:
+        fitting = plan.worker_memory_bytes * spec.cluster.num_workers // worst.task_memory_bytes
+        shared = spec.cluster.memory_per_worker == "auto" and fitting
+        fewer = f"Set cluster.workers = {fitting}" if shared else "Raise cluster.memory_per_worker if there is more"
         raise ResourceError(
-            f"one task of {worst.name} needs {gigabytes(worst.task_memory_bytes)}, a worker may use "
-            f"{gigabytes(plan.worker_memory_bytes)}. Set cluster.memory_per_worker, use fewer workers, or lower "
-            f"features.token_budget, features.block_rows or the projection's rank."
+            f"one task of {worst.name} needs {gigabytes(worst.task_memory_bytes)}, each of {spec.cluster.num_workers} "
+            f"workers may use {gigabytes(plan.worker_memory_bytes)}. {fewer}, or lower {LOWER[worst.name]}."
         )
-    if "://" not in spec.run.store:
-        folder = Path(spec.run.store).absolute()
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
-        needed = sum(stage.written_bytes for stage in plan.stages)
-        if not folder.exists() and needed > free:
-            raise ResourceError(
-                f"the run writes {gigabytes(needed)}, {existing} has {gigabytes(free)} free. "
-                f"Choose another run.store or a smaller projection."
-            )
+    worst = max(plan.stages, key=lambda stage: stage.client_memory_bytes)
+    # On a cluster of machines the plan may be made on another one than the run is started from: there it is a note.
+    if spec.cluster.kind == "local" and worst.client_memory_bytes > psutil.virtual_memory().total:
+        raise ResourceError(
+            f"{worst.name} needs {gigabytes(worst.client_memory_bytes)} in the process that runs it, this machine has "
+            f"{gigabytes(psutil.virtual_memory().total)}. Lower data.{CLIENT_QUERIES[worst.name]}.rows or data.train.rows."
+        )
+
+
+def _refuse_a_full_disk(spec: RunSpec, plan: Plan) -> None:
+    if "://" in spec.run.store:
+        return
+    folder = Path(spec.run.store).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed = sum(stage.written_bytes + stage.objects * FILE_BYTES for stage in plan.stages)
+    # Only where it matters: a large store has a million files.
+    if needed > free and (missing := needed - _bytes_on_disk(folder)) > free:
+        raise ResourceError(
+            f"the run still writes {gigabytes(missing)}, {existing} has {gigabytes(free)} free. "
+            f"Choose another run.store or a smaller projection."
+        )
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
 
 
 def _refuse_wide(group: ParameterGroup, width: int, item: int) -> None:
@@ -167,15 +208,27 @@ def _refuse_wide(group: ParameterGroup, width: int, item: int) -> None:
         )
 
 
-def _notes(sets: Mapping[str, SetPlan], stages: Sequence[StagePlan], groups: Partition, sizes: Sizes) -> Sequence[str]:
+def _notes(
+    spec: RunSpec, sets: Mapping[str, SetPlan], stages: Sequence[StagePlan], groups: Partition, sizes: Sizes
+) -> Sequence[str]:
     objects = sum(stage.objects for stage in stages)
     notes = [
         f"{groups.coverage:.1%} of {groups.total_parameters:,} parameters are in a group",
         f"blocks assume {ASSUMED_RATE[sizes.device]:.0e} operations a second on {sizes.device}, {sizes.workers} workers",
     ]
+    wide = [group for group, width in zip(groups.groups, sizes.widths, strict=True) if width > group.parameters]
+    if wide:
+        notes.append(
+            f"{len(wide)} groups have more features than parameters, such as {wide[0].name}: a smaller rank stores less"
+        )
     small = [planned.name for planned in sets.values() if planned.largest_chunk_bytes < 2**16]
     if small:
         notes.append(f"chunks of {', '.join(small)} are under 64 KiB: fine on a disk, many requests on S3")
     if objects > MAX_OBJECTS:
         notes.append(f"{objects:,} objects; writing them to S3 costs about ${objects * PUT_DOLLARS:,.0f} in requests")
+    client = max(stages, key=lambda stage: stage.client_memory_bytes)
+    if spec.cluster.kind != "local":
+        notes.append(
+            f"{client.name} takes {gigabytes(client.client_memory_bytes)} where the command runs, not on workers"
+        )
     return notes

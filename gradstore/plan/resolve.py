@@ -34,8 +34,11 @@ def resolve_projection(spec: RunSpec) -> Projection:
     """Make the projection that [features] names, with its options checked."""
     from gradstore.numerics.projection import PROJECTIONS
 
-    options = {key: value for key, value in spec.features.projection.items() if key != "kind"}
-    return resolve_kind(PROJECTIONS, str(spec.features.projection.get("kind")), options, "features.projection")
+    options = dict(spec.features.projection)
+    kind = options.pop("kind", None)
+    if kind is None:
+        raise SpecError(f"features.projection.kind: is missing; accepted: {', '.join(sorted(PROJECTIONS))}.")
+    return resolve_kind(PROJECTIONS, str(kind), options, "features.projection")
 
 
 def resolve_kernel(spec: RunSpec) -> Kernel:
@@ -56,10 +59,21 @@ def resolve_device(spec: RunSpec) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Names and shapes of a model: its groups, and the width of its output (the vocabulary of a language model)."""
+    """Names and shapes of a model.
+
+    Attributes
+    ----------
+    partition
+        Its groups.
+    outputs
+        Width of its output: the vocabulary of a language model.
+    largest_tensor
+        Entries of its largest parameter.
+    """
 
     partition: Partition
     outputs: int
+    largest_tensor: int
 
 
 def model_shape(adapter: Adapter, model: nn.Module, spec: RunSpec) -> ModelShape:
@@ -67,14 +81,15 @@ def model_shape(adapter: Adapter, model: nn.Module, spec: RunSpec) -> ModelShape
     from gradstore.numerics.gradients import supported_layers
 
     layers, heads = supported_layers(model), adapter.output_heads(model)
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     rule = spec.features.groups
     groups = partition(
         layers,
-        {name: parameter.numel() for name, parameter in model.named_parameters()},
+        parameters,
         rule=rule.rule,
         include=rule.include,
         exclude=rule.exclude,
         heads=() if rule.output_head else heads,
     )
     outputs = max((layer.out_features for layer in layers if layer.name in heads), default=0)
-    return ModelShape(partition=groups, outputs=outputs)
+    return ModelShape(partition=groups, outputs=outputs, largest_tensor=max(parameters.values()))

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: rows, blocks, objects, bytes and memory from shapes alone."""
+"""The arithmetic of a plan: how rows are cut into blocks, groups into bundles and queries into tiles."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ MAX_OBJECTS = 1_000_000
 PUT_DOLLARS = 5e-6
 # Floating point operations a second that a worker is assumed to reach; used for the five-minute rule of blocks only.
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 2e14}
-# Python, torch and transformers before any model is loaded, as measured on Linux.
-PROCESS_BYTES = 600 * 2**20
 # Part of a worker's memory that the features of one block may take.
 BLOCK_MEMORY_SHARE = 0.25
 KERNEL_BUNDLES = 32
@@ -32,11 +30,17 @@ BUNDLE_BYTES = 2**30
 CONTRIBUTION_CHUNK_BYTES = 32 * 2**20
 LEARNER_TILE_BYTES = 2 * 2**30
 BLOCK_OBJECTS = 4  # inputs, example part, statistics, commit record
+SET_OBJECTS = 4  # claim.json, set.json, and zarr.json of the set and of its member
+# Rows that a ranking keeps at least: precision is measured at 10.
+RANKED_ROWS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetPlan:
-    """One feature set: its rows, blocks, objects and bytes."""
+    """One feature set: its rows, blocks, objects and bytes.
+
+    ``feature_bytes`` are those of its features alone; stored chunks are padded to whole blocks, and end in a checksum.
+    """
 
     name: str
     rows: int
@@ -51,17 +55,35 @@ class SetPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """One stage: how many tasks, what they write, and the memory of one of them."""
+    """One stage.
+
+    Attributes
+    ----------
+    name
+        Its verb.
+    tasks
+        Tasks that run on workers.
+    objects
+        Objects that it writes; exact.
+    written_bytes
+        Bytes that it writes: of arrays exactly, of the tables of learn and score about; metadata, records and the tables
+        of feature sets come on top.
+    task_memory_bytes
+        Memory of one task at its highest; 0 where there is none.
+    client_memory_bytes
+        Memory that the stage takes in the process that runs the command; 0 where it only waits for tasks.
+    """
 
     name: str
     tasks: int
     objects: int
     written_bytes: int
     task_memory_bytes: int
+    client_memory_bytes: int = 0
 
 
 class Sizes:
-    """The arithmetic of a plan: bytes, rows, objects and memory from shapes.
+    """The division of a run's work, from shapes.
 
     Parameters
     ----------
@@ -80,7 +102,7 @@ class Sizes:
         self._model = model
         self._groups = model.partition.groups
         self._parameters = model.partition.total_parameters
-        self._widths = widths
+        self.widths = widths
         self.device = device
         self.workers = spec.cluster.num_workers
         self.worker_memory = spec.cluster.worker_memory_bytes
@@ -100,14 +122,14 @@ class Sizes:
             block_rows=block_rows,
             blocks=blocks,
             objects=self._objects(rows, block_rows),
-            feature_bytes=rows * sum(self._widths) * item,
-            largest_chunk_bytes=block_rows * max(self._widths) * item,
+            feature_bytes=rows * sum(self.widths) * item,
+            largest_chunk_bytes=block_rows * max(self.widths) * item,
         )
 
     def _block_rows(self, rows: int, length: int, item: int) -> int:
         """Return the largest power of two within the four rules of architecture.md, and at least MIN_BLOCK_ROWS."""
-        widest = max(self._widths) * item
-        in_memory = self.worker_memory * BLOCK_MEMORY_SHARE / (sum(self._widths) * (4 + item))
+        widest = max(self.widths) * item
+        in_memory = self.worker_memory * BLOCK_MEMORY_SHARE / (sum(self.widths) * (4 + item))
         in_chunk = MAX_CHUNK_BYTES / widest
         seconds_a_row = 4 * self._parameters * length / ASSUMED_RATE[self.device]
         bound = min(in_memory, in_chunk, BLOCK_SECONDS / seconds_a_row, rows / (BLOCKS_PER_WORKER * self.workers))
@@ -118,90 +140,7 @@ class Sizes:
         return block_rows
 
     def _objects(self, rows: int, block_rows: int) -> int:
-        return math.ceil(rows / block_rows) * (len(self._groups) + BLOCK_OBJECTS) + len(self._groups) + 4
-
-    def query_tile(self, queries: SetPlan, train: SetPlan) -> int:
-        """Queries in one chunk of C."""
-        return query_tile((queries.rows, train.rows, len(self._groups)), train.block_rows, self._spec.contribute.dtype)
-
-    def _model_bytes(self) -> int:
-        return 4 * self._parameters
-
-    def _token_bytes(self) -> int:
-        """Bytes that one token keeps alive: outputs of every layer and what follows them, and three sets of logits.
-
-        Inputs of layers are not kept for their own sake, because nobody takes weight gradients.
-        """
-        item = 2 if self._spec.model.precision == "bfloat16" else 4
-        return 2 * item * sum(group.out_features for group in self._groups) + 3 * 4 * self._model.outputs
-
-    def featurize_stage(self, sets: Mapping[str, SetPlan]) -> StagePlan:
-        """Plan featurize: one task per block."""
-        budget = max(self._spec.features.token_budget, *(planned.length for planned in sets.values()))
-        a_block = max(planned.block_rows * (4 + ITEM_BYTES[planned.dtype]) for planned in sets.values())
-        memory = self._model_bytes() + budget * self._token_bytes() + a_block * sum(self._widths)
-        return StagePlan(
-            name="featurize",
-            tasks=sum(planned.blocks for planned in sets.values()),
-            objects=sum(planned.objects for planned in sets.values()),
-            written_bytes=sum(planned.feature_bytes for planned in sets.values()),
-            task_memory_bytes=PROCESS_BYTES + memory,
-        )
-
-    def kernel_stage(self, train: SetPlan, bundles: int) -> StagePlan:
-        """Plan kernel: one task per bundle of groups."""
-        widest = max(self._widths)
-        gram_bytes = 8 * max((sum(w**2 for w in bundle) for bundle in split(self._widths, max(bundles, 1))), default=0)
-        return StagePlan(
-            name="kernel",
-            tasks=bundles,
-            objects=bundles + (4 * len(self._groups) if bundles else 0),
-            written_bytes=sum(4 * width**2 + 8 * width for width in self._widths) if bundles else 0,
-            task_memory_bytes=PROCESS_BYTES + gram_bytes + 3 * 8 * widest**2 + 4 * train.block_rows * widest,
-        )
-
-    def contribute_stage(self, sets: Mapping[str, SetPlan], tiles: Mapping[str, int]) -> StagePlan:
-        """Plan contribute: one task per query set, then one per span of blocks."""
-        train = sets["train"]
-        item = ITEM_BYTES[self._spec.contribute.dtype]
-        queries = {name: sets[name].rows for name in tiles}
-        most = max(queries.values())
-        tensor = most * train.block_rows * len(self._groups) * (4 + item)
-        query_bytes = sum(4 * count * sum(self._widths) for count in queries.values())
-        return StagePlan(
-            name="contribute",
-            tasks=len(tiles) * (1 + min(train.blocks, BLOCKS_PER_WORKER * self.workers)),
-            objects=sum(train.blocks * (1 + math.ceil(queries[name] / tile)) for name, tile in tiles.items())
-            + len(tiles) * (2 * len(self._groups) + 4),
-            written_bytes=query_bytes + sum(queries.values()) * train.rows * len(self._groups) * item,
-            task_memory_bytes=PROCESS_BYTES + 4 * most * sum(self._widths) + tensor + 2 * train.largest_chunk_bytes,
-        )
-
-    def learn_stage(self, sets: Mapping[str, SetPlan], tile: int) -> StagePlan:
-        """Plan learn: streamed in this process."""
-        tile_bytes = tile * sets["train"].rows * len(self._groups) * 4
-        return StagePlan(
-            name="learn",
-            tasks=0,
-            objects=4,
-            written_bytes=8 * len(self._groups) * (self._spec.learn.epochs * sets["learn"].rows + 1),
-            task_memory_bytes=PROCESS_BYTES + tile_bytes,
-        )
-
-    def score_stage(self, sets: Mapping[str, SetPlan]) -> StagePlan:
-        """Plan score: streamed in this process, with one tail-patch task per query."""
-        queries, patch = sets["eval"].rows, self._spec.score.tail_patch
-        kept = 2 * 2 * queries * self._spec.score.k * (4 * len(self._groups) + 40)
-        tokens = patch.k * sets["train"].length
-        # The step needs the model, a copy to restore it from, its gradient, and the optimizer's two moments.
-        memory = (5 * self._model_bytes() + tokens * self._token_bytes()) if patch.queries else 0
-        return StagePlan(
-            name="score",
-            tasks=min(patch.queries, queries),
-            objects=16,
-            written_bytes=kept,
-            task_memory_bytes=PROCESS_BYTES + memory + kept,
-        )
+        return math.ceil(rows / block_rows) * (len(self._groups) + BLOCK_OBJECTS) + len(self._groups) + SET_OBJECTS
 
 
 def kernel_bundles(widths: Sequence[int]) -> int:

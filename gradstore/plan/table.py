@@ -26,13 +26,14 @@ def render_plan(plan: Plan) -> RenderableType:
             f"{planned.objects:,}",
         )
     stages = Table("stage", title="stages", title_justify="left")
-    for column in ("tasks", "memory/task", "writes", "objects"):
+    for column in ("tasks", "memory/task", "memory here", "writes", "objects"):
         stages.add_column(column, justify="right")
     for stage in plan.stages:
         stages.add_row(
             stage.name,
             f"{stage.tasks:,}",
-            gigabytes(stage.task_memory_bytes),
+            gigabytes(stage.task_memory_bytes) if stage.task_memory_bytes else "",
+            gigabytes(stage.client_memory_bytes) if stage.client_memory_bytes else "",
             gigabytes(stage.written_bytes),
             f"{stage.objects:,}",
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.cluster import Engine, Task
+from gradstore.errors import NotReadyError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.sizes import BLOCKS_PER_WORKER, query_tile, split
 from gradstore.spec import RunSpec
@@ -33,20 +34,22 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         If contributions of this name were built with other settings.
     """
     store = FeatureStore.open(spec.run.store)
-    train = store.open_set("train")
     _precondition_queries(spec, engine, store)
-    tasks, total = [], 0
-    for name in QUERY_SETS:
-        artifact = _create_contributions(spec, engine, store, name)
-        missing = artifact.missing_blocks()
-        total += train.info.rows
-        for span in split(missing, BLOCKS_PER_WORKER * spec.cluster.num_workers):
-            rows = sum(stop - start for start, stop in map(artifact.shape.block_range, span))
-            arguments = (spec.run.store, spec.kernel.name, name, list(span))
-            task_name = f"contribute-{spec.kernel.name}-{name}-{span[0]:06d}"
-            tasks.append(Task(name=task_name, function=contribute_span, arguments=arguments, rows=rows))
-    done = total - sum(task.rows for task in tasks)
-    with progress.stage(f"contribute {spec.kernel.name}", total if tasks else 0, "rows", done) as advance:
+    artifacts = {name: _create_contributions(spec, engine, store, name) for name in QUERY_SETS}
+    for name, artifact in artifacts.items():
+        if artifact.shape.dtype != spec.contribute.dtype:
+            kept = f"contributions/{spec.kernel.name}/{name}: keeps dtype {artifact.shape.dtype} from its creation"
+            progress.note(f"{kept}, not {spec.contribute.dtype}")
+    shape = artifacts["eval"].shape
+    missing = sorted({block for artifact in artifacts.values() for block in artifact.missing_blocks()})
+    tasks = []
+    for span in split(missing, BLOCKS_PER_WORKER * spec.cluster.num_workers):
+        rows = sum(stop - start for start, stop in map(shape.block_range, span))
+        arguments = (spec.run.store, spec.kernel.name, list(span))
+        name = f"contribute-{spec.kernel.name}-{span[0]:06d}"
+        tasks.append(Task(name=name, function=contribute_span, arguments=arguments, rows=rows))
+    done = shape.rows - sum(task.rows for task in tasks)
+    with progress.stage(f"contribute {spec.kernel.name}", shape.rows if tasks else 0, "rows", done) as advance:
         for task, _ in engine.run(tasks):
             advance(task.rows)
 
@@ -63,6 +66,8 @@ def _settings(spec: RunSpec, store: FeatureStore, name: str) -> dict[str, Any]:
 
 def _precondition_queries(spec: RunSpec, engine: Engine, store: FeatureStore) -> None:
     """Run one task per query set whose preconditioned queries are missing."""
+    if resolve_kernel(spec).needs_spectra:
+        _require_spectra(store, spec.kernel.kind)
     tasks = []
     for name in QUERY_SETS:
         queries = store.open_set(name)
@@ -79,6 +84,14 @@ def _precondition_queries(spec: RunSpec, engine: Engine, store: FeatureStore) ->
             tasks.append(Task(name=f"queries-{spec.kernel.name}-{name}", function=precondition, arguments=arguments))
     for _ in engine.run(tasks):
         pass
+
+
+def _require_spectra(store: FeatureStore, kind: str) -> None:
+    missing = KernelArtifact.open(store.storage, kind).missing_units()
+    if missing:
+        raise NotReadyError(
+            f"kernels/{kind}: {len(missing)} bundles of groups are missing. Run `gradstore kernel` again: it builds those."
+        )
 
 
 def precondition(store_url: str, run: Mapping[str, Any], set_name: str) -> int:
@@ -108,10 +121,12 @@ def _create_contributions(spec: RunSpec, engine: Engine, store: FeatureStore, na
     groups = tuple(array.name for array in train.arrays)
     dtype = spec.contribute.dtype
     scales = None
-    if dtype == "float16":
+    if dtype == "float16" and not _exists(store, spec.kernel.name, name):
         task = Task(name=f"scales-{name}", function=query_scales, arguments=(spec.run.store, spec.kernel.name, name))
         ((_, found),) = engine.run([task])
         scales = np.asarray(found, np.float32)
+    elif dtype == "float16":
+        scales = ContributionArtifact.open(store.storage, spec.kernel.name, name).scales
     return ContributionArtifact.create(
         store.storage,
         spec.kernel.name,
@@ -127,6 +142,14 @@ def _create_contributions(spec: RunSpec, engine: Engine, store: FeatureStore, na
         ),
         scales=scales,
     )
+
+
+def _exists(store: FeatureStore, kernel: str, name: str) -> bool:
+    try:
+        ContributionArtifact.open(store.storage, kernel, name)
+    except NotReadyError:
+        return False
+    return True
 
 
 def query_scales(store_url: str, kernel: str, set_name: str) -> list[float]:
@@ -150,29 +173,47 @@ def query_scales(store_url: str, kernel: str, set_name: str) -> list[float]:
     return [float(2.0 ** np.round(np.log2(typical))) if typical > 0 else 1.0 for typical in typical_Q]
 
 
-def contribute_span(store_url: str, kernel: str, set_name: str, blocks: Sequence[int]) -> int:
-    """Task: build and commit C for every query of a set and the rows of some blocks; return how many rows."""
-    from gradstore.numerics.contributions import contributions
+def contribute_span(store_url: str, kernel: str, blocks: Sequence[int]) -> int:
+    """Task: build and commit C for the rows of some blocks and every query; return how many rows.
 
+    Each block of features is read once, for the queries of all sets together.
+    """
     store = FeatureStore.open(store_url)
     train = store.open_set("train")
-    artifact = ContributionArtifact.open(store.storage, kernel, set_name)
-    shape = artifact.shape
-    queries = _queries(store_url, kernel, set_name)
-    widths = {array.name: array.features for array in train.info.arrays}
-    bundles = _bundles(widths, shape.block_rows)
+    artifacts = {name: ContributionArtifact.open(store.storage, kernel, name) for name in QUERY_SETS}
+    queries = {name: _queries(store_url, kernel, name, _attempt(store, kernel, name)) for name in QUERY_SETS}
+    missing = {name: set(artifact.missing_blocks()) for name, artifact in artifacts.items()}
     total = 0
     for block in blocks:
-        start, stop = shape.block_range(block)
-        c_QNM = np.empty((shape.queries, stop - start, len(shape.groups)), np.float32)
-        first = 0
-        for bundle in bundles:
-            rows = train.read_block(block, bundle)
-            c_QNM[:, :, first : first + len(bundle)] = contributions(queries, rows, bundle)
-            first += len(bundle)
-        artifact.write_block(block, c_QNM, facts={"rows": stop - start})
+        start, stop = train.info.block_range(block)
+        lacking = {name: artifact for name, artifact in artifacts.items() if block in missing[name]}
+        built = _build_block(train, block, {name: queries[name] for name in lacking})
+        for name, artifact in lacking.items():
+            artifact.write_block(block, built[name], facts={"rows": stop - start})
         total += stop - start
     return total
+
+
+def _build_block(
+    train: FeatureSet, block: int, queries: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """C [Q, n, M] of every query set for one block of rows."""
+    from gradstore.numerics.contributions import contributions
+
+    start, stop = train.info.block_range(block)
+    widths = {array.name: array.features for array in train.info.arrays}
+    built = {
+        name: np.empty((len(next(iter(preconditioned.values()))), stop - start, len(widths)), np.float32)
+        for name, preconditioned in queries.items()
+    }
+    first = 0
+    for bundle in _bundles(widths, train.info.block_rows):
+        rows = train.read_block(block, bundle)
+        last = first + len(bundle)
+        for name, preconditioned in queries.items():
+            built[name][:, :, first:last] = contributions(preconditioned, rows, bundle)
+        first = last
+    return built
 
 
 def _bundles(widths: Mapping[str, int], block_rows: int) -> list[list[str]]:
@@ -188,7 +229,13 @@ def _bundles(widths: Mapping[str, int], block_rows: int) -> list[list[str]]:
     return bundles
 
 
-@lru_cache(maxsize=1)
-def _queries(store_url: str, kernel: str, set_name: str) -> Mapping[str, np.ndarray]:
+def _attempt(store: FeatureStore, kernel: str, set_name: str) -> str:
+    """The attempt that wrote a set's preconditioned queries: another one where a store was made anew."""
+    return QueryArtifact.open(store.storage, kernel, set_name).log.require(0, f"queries/{kernel}/{set_name}").attempt
+
+
+@lru_cache(maxsize=len(QUERY_SETS))
+def _queries(store_url: str, kernel: str, set_name: str, attempt: str) -> Mapping[str, np.ndarray]:
     """The preconditioned queries of a set, read once per process."""
+    del attempt  # it tells this store from another one that was at the same place
     return QueryArtifact.open(FeatureStore.open(store_url).storage, kernel, set_name).read_all()

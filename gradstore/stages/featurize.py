@@ -13,11 +13,12 @@ from gradstore.cluster import Engine, Task
 from gradstore.errors import DataError
 from gradstore.groups import ParameterGroup
 from gradstore.plan import Plan, make_plan
-from gradstore.plan.resolve import make_adapter, resolve_device
+from gradstore.plan.resolve import make_adapter
 from gradstore.plan.sizes import SetPlan
 from gradstore.spec import RunSpec, content_hash
-from gradstore.stages.loading import load, weights_hash
+from gradstore.stages.loading import THREADS, load_first, load_for, weights_hash
 from gradstore.stages.progress import Progress
+from gradstore.store.backend import open_storage
 from gradstore.store.examples import Example, data_hash, from_table, to_table
 from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore, SetInfo
 
@@ -40,13 +41,17 @@ def featurize(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     ContractError
         If the store was made with another model, grouping or projection, or a set with other data.
     """
+    # A store that cannot be reached is found now, not after the data is read and the model loaded.
+    open_storage(spec.run.store).list_folders("")
     adapter = make_adapter(spec)
+    progress.note(f"reading {spec.data.train.source}")
     examples = adapter.examples()
     progress.note(examples.facts.describe())
     plan = make_plan(spec, {name: len(rows) for name, rows in examples.splits.items()})
     for note in plan.notes:
         progress.note(note)
     probe = list(examples.splits["train"][:PROBE_ROWS])
+    progress.note(f"loading {spec.model.source} and hashing its weights")
     prepared = _prepare_on_a_worker(spec, engine, probe)
     store = FeatureStore.create(
         spec.run.store, contract=feature_contract(spec, plan, adapter, prepared), run=spec.model_dump()
@@ -55,6 +60,7 @@ def featurize(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         rows = examples.splits[name]
         info = _set_info(spec, plan, planned, data_hash(rows), prepared)
         feature_set = store.create_set(info, _input_tables(rows, planned.block_rows))
+        _note_what_stays(progress, info, feature_set.info)
         _write_missing_blocks(spec, engine, progress, feature_set)
 
 
@@ -70,8 +76,24 @@ def feature_contract(spec: RunSpec, plan: Plan, adapter: Adapter, prepared: Mapp
     }
 
 
+def _note_what_stays(progress: Progress, asked: SetInfo, stored: SetInfo) -> None:
+    """Tell of settings that a set keeps from its creation, because they do not change what its numbers mean."""
+    kept = {
+        "dtype": (asked.dtype, stored.dtype),
+        "block_rows": (asked.block_rows, stored.block_rows),
+        "token_budget": (asked.recorded["token_budget"], stored.recorded["token_budget"]),
+    }
+    for name, (wanted, found) in kept.items():
+        if wanted != found:
+            progress.note(f"features/{stored.name}: keeps {name} {found} from its creation, not {wanted}")
+
+
 def _prepare_on_a_worker(spec: RunSpec, engine: Engine, probe: Sequence[Example]) -> dict[str, Any]:
-    """Hash the model and probe the scale of its features where the model fits: on a worker."""
+    """Hash the model and probe the scale of its features where the model fits: on a worker.
+
+    The probe's few thousand token ids are the one argument of a task that is more than names and numbers: the store that
+    could hold them needs the scales first.
+    """
     task = Task(name="prepare", function=prepare, arguments=(spec.model_dump(), list(probe)))
     (_, prepared), *_ = engine.run([task])
     return dict(prepared)
@@ -84,12 +106,16 @@ def prepare(run: Mapping[str, Any], probe: Sequence[Example]) -> dict[str, Any]:
     values are near 1, the middle of float16's range.
     """
     spec = RunSpec.model_validate(run)
-    loaded = load(spec.model_dump_json())
-    _, features = loaded.features(probe)
+    loaded = load_first(spec)
+    squares: dict[str, list[float]] = {}
+    for batch in batches([example.size for example in probe], spec.features.token_budget):
+        for name, rows in loaded.features([probe[index] for index in batch])[1].items():
+            squares.setdefault(name, []).extend(np.square(rows, dtype=np.float64).mean(1).tolist())
     scales = {}
-    for name, rows in features.items():
-        mean_square = float(np.mean(np.square(rows, dtype=np.float64)))
-        scales[name] = 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
+    for name, found in squares.items():
+        mean_square = math.fsum(found) / len(found)
+        usable = 0 < mean_square < math.inf
+        scales[name] = 2.0 ** round(math.log2(mean_square) / 2) if usable else 1.0
     return {"weights": weights_hash(loaded.model), "precision": loaded.precision, "scales": scales}
 
 
@@ -112,7 +138,7 @@ def _set_info(spec: RunSpec, plan: Plan, planned: SetPlan, hash_of_data: str, pr
         dtype=planned.dtype,
         arrays=tuple(array(group) for group in plan.partition.groups),
         data_hash=hash_of_data,
-        recorded={"token_budget": spec.features.token_budget, "device": resolve_device(spec), "threads": 1},
+        recorded={"token_budget": spec.features.token_budget, "precision": prepared["precision"], "threads": THREADS},
     )
 
 
@@ -131,18 +157,24 @@ def _write_missing_blocks(spec: RunSpec, engine: Engine, progress: Progress, fea
         name = f"featurize-{info.name}-{block:06d}"
         tasks.append(Task(name=name, function=featurize_block, arguments=arguments, rows=stop - start))
     done = info.rows - sum(task.rows for task in tasks)
+    saturated = 0
     with progress.stage(f"featurize {info.name}", info.rows, "rows", done) as advance:
-        for task, _ in engine.run(tasks):
+        for task, lost in engine.run(tasks):
+            saturated += lost
             advance(task.rows)
+    if saturated:
+        progress.note(
+            f"features/{info.name}: {saturated:,} values were too large for float16 and are stored as its largest"
+        )
 
 
-def featurize_block(store: str, run: Mapping[str, Any], set_name: str, block: int) -> int:
-    """Task: compute and commit one block; return its number of rows."""
+def featurize_block(store_url: str, run: Mapping[str, Any], set_name: str, block: int) -> int:
+    """Task: compute and commit one block; return how many of its values float16 could not hold."""
     started = time.monotonic()
-    spec = RunSpec.model_validate(run)
-    feature_set = FeatureStore.open(store).open_set(set_name)
+    store = FeatureStore.open(store_url)
+    feature_set = store.open_set(set_name)
     examples = from_table(feature_set.read_inputs(block))
-    loaded = load(spec.model_dump_json())
+    loaded = load_for(store, RunSpec.model_validate(run))
     start, stop = feature_set.info.block_range(block)
     names = [array.name for array in feature_set.info.arrays]
     features = {array.name: np.empty((stop - start, array.features), np.float32) for array in feature_set.info.arrays}
@@ -152,14 +184,14 @@ def featurize_block(store: str, run: Mapping[str, Any], set_name: str, block: in
         for name in names:
             features[name][batch] = rows[name]
     _refuse_non_finite(examples, losses, features)
-    feature_set.write_block(
+    record = feature_set.write_block(
         block,
         features,
         examples=_example_table(start, examples, losses, features),
         statistics=_statistics_table(features),
-        facts={"seconds": time.monotonic() - started},
+        facts={"seconds": time.monotonic() - started, **loaded.facts()},
     )
-    return stop - start
+    return int(record.facts["saturated"])
 
 
 def batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -64,7 +64,12 @@ def build_bundle(store_url: str, name: str, bundle: int) -> int:
     for block in range(train.info.num_blocks):
         for group, rows in train.read_block(block, groups, out=buffers).items():
             update_gram(grams[group], rows)
-    artifact.write_bundle(
-        bundle, {group: spectrum(gram) for group, gram in grams.items()}, facts={"rows": train.info.rows}
-    )
+    del buffers, rows
+    spectra = {}
+    for group in groups:
+        # A matrix goes as soon as it is decomposed, and of its vectors only what is stored stays (plan/memory.py).
+        values, vectors = spectrum(grams.pop(group))
+        spectra[group] = values, vectors.astype(np.float32)
+        del vectors
+    artifact.write_bundle(bundle, spectra, facts={"rows": train.info.rows})
     return len(groups)

@@ -8,25 +8,29 @@ nobody trusts and that the next worker keeps if they are sound; and no rename an
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError, StorageError
-from gradstore.store.backend import Part, Storage
+from gradstore.store.backend import Storage
 from gradstore.store.codecs import Payload, checksum, decode_chunk, decode_document, encode_document
-from gradstore.store.layout import ArrayLayout, parse_record_path, record_path
+from gradstore.store.layout import ArrayLayout, metadata_objects, parse_record_path, record_path
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 # Publishing again is needed only when another writer removed a damaged object at the same moment.
 _ATTEMPTS: Final = 5
+
+# Records that a log keeps, at about 300 bytes for each object that they name: 4 MiB with 224 groups.
+_KEPT_RECORDS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,47 +94,51 @@ def publish_object(storage: Storage, path: str, payload: Payload) -> ObjectEntry
     )
 
 
-def publish_exactly(storage: Storage, path: str, parts: Sequence[Part]) -> None:
-    """Publish these bytes, in place of others that a creation which was not finished left there.
+def publish_metadata(storage: Storage, arrays: Mapping[str, ArrayLayout]) -> None:
+    """Publish the Zarr metadata of arrays, by path, and of the groups above them, where there is none yet."""
+    objects = metadata_objects(arrays)
+    in_parallel(lambda path: storage.publish(path, (objects[path],)), objects, threads=storage.concurrency)
 
-    Only for what nobody reads yet: objects of a set or artifact whose own document is not published.
+
+def claim_document(storage: Storage, path: str, value: Mapping[str, Any], *, remedy: str) -> dict[str, Any]:
+    """Publish a document unless there is one, and return the one that is there: of any number of creators, the first's.
+
+    Raises
+    ------
+    IntegrityError
+        If the one that is there is damaged; ``remedy`` says what to do.
     """
-    while not storage.publish(path, parts):
-        try:
-            if storage.read(path) == b"".join(parts):
-                return
-        except ObjectMissingError:
-            continue
-        storage.delete(path)
+    while (found := read_document(storage, path, remedy=remedy)) is None:
+        storage.publish(path, encode_document(value).parts)
+    return found
 
 
-def publish_metadata(storage: Storage, folder: str, objects: Mapping[str, bytes]) -> None:
-    """Publish Zarr metadata, by path: exactly inside ``folder``, and where there is none yet above it.
+def read_document(storage: Storage, path: str, *, remedy: str) -> dict[str, Any] | None:
+    """Return a document, or None if there is none.
 
-    The groups above hold other sets and artifacts too, whose readers may be at work.
+    Raises
+    ------
+    IntegrityError
+        If it is damaged; ``remedy`` says what to do.
     """
-
-    def publish(path: str) -> None:
-        if path.startswith(f"{folder}/"):
-            publish_exactly(storage, path, (objects[path],))
-        else:
-            storage.publish(path, (objects[path],))
-
-    in_parallel(publish, objects, threads=storage.concurrency)
+    try:
+        return decode_document(storage.read(path), f"{storage.url}/{path}", remedy)
+    except ObjectMissingError:
+        return None
 
 
-def read_object(storage: Storage, path: str, entry: ObjectEntry) -> bytes:
+def read_object(storage: Storage, path: str, entry: ObjectEntry, *, remedy: str) -> bytes:
     """Read a whole object and check it against its entry.
 
     Raises
     ------
     ObjectMissingError, IntegrityError
-        If it is not there, or not what the entry says.
+        If it is not there, or not what the entry says; ``remedy`` says what to do.
     """
-    with _named_by_record(storage, path):
+    with _expected(storage, path, remedy):
         data = storage.read(path)
     if len(data) != entry.bytes or checksum(data) != entry.crc32c:
-        raise _damaged(storage, path)
+        raise _damaged(storage, path, remedy)
     return data
 
 
@@ -156,25 +164,29 @@ class Buffers:
 
 
 def read_chunk(
-    storage: Storage, path: str, entry: ObjectEntry, layout: ArrayLayout, buffer: npt.NDArray[np.uint8]
+    storage: Storage, path: str, entry: ObjectEntry, layout: ArrayLayout, buffer: npt.NDArray[np.uint8], *, remedy: str
 ) -> npt.NDArray[Any]:
-    """Read a chunk into ``buffer`` (``layout.chunk_bytes`` long) and return its values as a view of it.
+    """Read a chunk into ``buffer`` (at least ``layout.chunk_bytes`` long) and return its values as a view of it.
 
     Raises
     ------
     ObjectMissingError, IntegrityError
-        If it is not there, or its size or checksum is not its own or not the record's.
+        If it is not there, or its size or checksum is not its own or not the record's; ``remedy`` says what to do.
     """
-    with _named_by_record(storage, path):
+    with _expected(storage, path, remedy):
         size = storage.read_into(path, buffer.data)
     decoded = decode_chunk(buffer[:size], layout)
     if decoded is None or decoded[1] != entry.crc32c:
-        raise _damaged(storage, path)
+        raise _damaged(storage, path, remedy)
     return decoded[0]
 
 
 class CommitLog:
     """The commit records of one feature set or artifact.
+
+    What is there now is asked anew each time by writers (`committed_units`, `missing`, `latest`, `commit`). Readers (`pin`,
+    `committed`, `require`) get of every unit the generation that they got first, for the life of the log: a snapshot, to
+    which units that are committed later are added.
 
     Parameters
     ----------
@@ -182,11 +194,17 @@ class CommitLog:
         Where the records are.
     folder
         Their folder.
+    verb
+        The command of gradstore that commits units here, for messages.
     """
 
-    def __init__(self, storage: Storage, folder: str) -> None:
+    def __init__(self, storage: Storage, folder: str, verb: str) -> None:
         self.storage = storage
         self.folder = folder
+        self.verb = verb
+        self._pinned: dict[int, int] = {}
+        # A record never changes, so it is read once.
+        self._kept = lru_cache(maxsize=_KEPT_RECORDS)(self._read)
 
     def committed_units(self) -> dict[int, int]:
         """Generation of every committed unit, in order."""
@@ -201,9 +219,13 @@ class CommitLog:
         taken_back = {record.unit for record in records if record.state == "missing"}
         return {unit: latest[unit] for unit in sorted(latest) if unit not in taken_back}
 
+    def pin(self) -> dict[int, int]:
+        """Generation, for readers, of every committed unit, in order."""
+        return {unit: self._pinned.setdefault(unit, now) for unit, now in self.committed_units().items()}
+
     def committed(self) -> dict[int, Record]:
-        """Record of every committed unit, in order."""
-        keys = self.committed_units().items()
+        """Record, for readers, of every committed unit, in order."""
+        keys = self.pin().items()
         records = in_parallel(lambda key: self.record(*key), keys, threads=self.storage.concurrency)
         return {record.unit: record for record in records}
 
@@ -222,14 +244,7 @@ class CommitLog:
         IntegrityError
             If it is damaged.
         """
-        path = record_path(self.folder, unit, generation)
-        where = f"{self.storage.url}/{path}"
-        value = decode_document(self.storage.read(path), where)
-        try:
-            objects = {name: ObjectEntry(**entry) for name, entry in value.pop("objects").items()}
-            return Record(objects=objects, **value)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"{where}: is not a commit record of this version: {error!r}.") from error
+        return self._kept(unit, generation)
 
     def latest(self, unit: int) -> Record | None:
         """Record of a unit with the highest generation, or None if the unit was never committed."""
@@ -242,17 +257,19 @@ class CommitLog:
         return found
 
     def require(self, unit: int, what: str) -> Record:
-        """Return the record of a committed unit.
+        """Return the record, for readers, of a committed unit.
 
         Raises
         ------
         NotReadyError
             If the unit is not committed; ``what`` says what it is and how to make it.
         """
-        record = self.latest(unit)
-        if record is None or record.state != "committed":
-            raise NotReadyError(what)
-        return record
+        if unit not in self._pinned:
+            record = self.latest(unit)
+            if record is None or record.state != "committed":
+                raise NotReadyError(what)
+            self._pinned.setdefault(unit, record.generation)
+        return self.record(unit, self._pinned[unit])
 
     def commit(self, unit: int, objects: Mapping[str, ObjectEntry], facts: Mapping[str, Any]) -> Record:
         """Commit a unit whose objects are all published, and return the record that counts.
@@ -277,6 +294,25 @@ class CommitLog:
         # Lost to another attempt, or to an earlier reply of our own that never arrived: the stored one tells.
         return self.record(unit, record.generation)
 
+    def remedy(self, record: Record) -> str:
+        """Say what to do about an object of a record that is missing or damaged."""
+        path = record_path(self.folder, record.unit, record.generation)
+        return (
+            f"Delete it, if it is there, and its commit record {self.storage.url}/{path}; then run "
+            f"`gradstore {self.verb}` again: it makes both anew."
+        )
+
+    def _read(self, unit: int, generation: int) -> Record:
+        path = record_path(self.folder, unit, generation)
+        where = f"{self.storage.url}/{path}"
+        remedy = f"Delete it, then run `gradstore {self.verb}` again: it makes this part anew."
+        value = decode_document(self.storage.read(path), where, remedy)
+        try:
+            objects = {name: ObjectEntry(**entry) for name, entry in value.pop("objects").items()}
+            return Record(objects=objects, **value)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(f"{where}: is not a commit record of this version: {error!r}. {remedy}") from error
+
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], *, threads: int) -> list[R]:
     """Results of ``function`` for every item, in order; with one thread, one after another in this one.
@@ -296,18 +332,12 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], *, threads: int)
 
 
 @contextmanager
-def _named_by_record(storage: Storage, path: str) -> Iterator[None]:
+def _expected(storage: Storage, path: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except ObjectMissingError as error:
-        raise ObjectMissingError(
-            f"{storage.url}/{path}: is missing, though a commit record names it. Delete that record, then run the "
-            "command that made it again: it writes what is missing."
-        ) from error
+        raise ObjectMissingError(f"{storage.url}/{path}: is missing, though it was committed. {remedy}") from error
 
 
-def _damaged(storage: Storage, path: str) -> IntegrityError:
-    return IntegrityError(
-        f"{storage.url}/{path}: its bytes are not those that its commit record names. Delete this object and that "
-        "record, then run the command that made them again: it writes what is missing."
-    )
+def _damaged(storage: Storage, path: str, remedy: str) -> IntegrityError:
+    return IntegrityError(f"{storage.url}/{path}: its bytes are not those that were committed. {remedy}")

@@ -104,10 +104,14 @@ def from_half(half: npt.NDArray[np.float16], scale: float, out: npt.NDArray[np.f
 
     A float16 is widened by moving its bits to where float32 has them and multiplying by 2^112, the difference of the
     two exponent biases: three vectorised steps instead of numpy's conversion value by value, 3.5 times as fast. It
-    does not hold for infinities and NaN, which come out beyond the float16 range and are then converted by numpy.
+    does not hold for infinities and NaN, which come out beyond the float16 range, nor for scales from 2^16, whose factor is
+    beyond the range of float32: numpy converts those.
     """
     assert out.flags.c_contiguous
     bits, values = half.reshape(-1).view(np.int16), out.reshape(-1)
+    if scale >= 2.0**16:
+        np.multiply(half.reshape(-1), np.float32(scale), out=values)
+        return
     factor, limit = np.float32(2.0**112 * scale), np.float32(2.0**16 * scale)
     for start in range(0, bits.size, _PIECE):
         piece = slice(start, start + _PIECE)
@@ -166,22 +170,27 @@ def encode_document(value: Mapping[str, Any]) -> Payload:
     return _payload(text.encode(), _inspect_document)
 
 
-def decode_document(data: bytes, where: str) -> dict[str, Any]:
+def decode_document(data: bytes, where: str, remedy: str) -> dict[str, Any]:
     """Decode a JSON document.
 
     Raises
     ------
     IntegrityError
-        If it is not JSON or not what its checksum says; ``where`` names it.
+        If it is not JSON or not what its checksum says; ``where`` names it, and ``remedy`` says what to do.
     """
     try:
         value = json.loads(data)
-        crc = value.pop("crc32c")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{where}: is not a gradstore document: {error!r}. Restore it from a copy.") from error
-    if crc != _document_crc(value):
-        raise IntegrityError(f"{where}: was changed after it was written (crc32c {crc}). Restore it from a copy.")
-    return dict(value)
+        if not isinstance(value, dict) or "crc32c" not in value:
+            raise IntegrityError(f"{where}: is not a gradstore document: it holds no crc32c. {remedy}")
+        sound = value.pop("crc32c") == _document_crc(value)
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        # Its own text would repeat the whole document.
+        raise IntegrityError(f"{where}: is not a gradstore document: {error.reason}. {remedy}") from error
+    except ValueError as error:
+        raise IntegrityError(f"{where}: is not a gradstore document: {error}. {remedy}") from error
+    if not sound:
+        raise IntegrityError(f"{where}: was changed after it was written: its crc32c is another's. {remedy}")
+    return value
 
 
 def plain(value: Any) -> Any:
@@ -213,7 +222,7 @@ def _inspect_table(data: bytes) -> str | None:
 
 def _inspect_document(data: bytes) -> str | None:
     try:
-        decode_document(data, "")
+        decode_document(data, "", "")
     except IntegrityError:
         return None
     return checksum(data)

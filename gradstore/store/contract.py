@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from gradstore.errors import ContractError
 from gradstore.spec import differences
+from gradstore.store.layout import FORMAT_VERSION
 
 _MOST_LINES: Final = 20
 
@@ -25,6 +26,22 @@ def require_equal(where: str, stored: Mapping[str, Any], asked: Mapping[str, Any
         if len(lines) > _MOST_LINES:
             lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more"]
         raise ContractError("\n".join([f"{where} was made with other settings:", *lines, remedy]))
+
+
+def require_version(where: str, document: Mapping[str, Any]) -> None:
+    """Check the format version of a document.
+
+    Raises
+    ------
+    ContractError
+        If a gradstore made it in a format that this one does not know.
+    """
+    found = document.get("format_version")
+    if found != FORMAT_VERSION:
+        raise ContractError(
+            f"{where} has format version {found}; this gradstore reads version {FORMAT_VERSION}. "
+            "Use the gradstore that made it, or a newer one."
+        )
 
 
 def _text(value: Any) -> str:

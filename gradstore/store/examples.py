@@ -6,6 +6,7 @@ The creator of a feature set writes every example once, so that workers need nei
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -69,13 +70,14 @@ def hash_inputs(inputs: Mapping[str, np.ndarray]) -> str:
 
 
 def data_hash(examples: Iterable[Example], *, start: str = "") -> str:
-    """Return the hash of a set's examples, in row order.
+    """Return the hash of a set's examples, in row order: of their inputs, ids and labels.
 
     It is a chain, so that appending rows extends it: ``data_hash(b, start=data_hash(a)) == data_hash(a + b)``.
     """
     chain = start
     for example in examples:
-        chain = hashlib.blake2b(f"{chain}|{example.content_hash}".encode(), digest_size=16).hexdigest()
+        link = json.dumps([chain, example.content_hash, example.example_id, example.label])
+        chain = hashlib.blake2b(link.encode(), digest_size=16).hexdigest()
     return chain
 
 

@@ -2,7 +2,8 @@
 
 A store holds
     gradstore.json                                    format version, feature contract, the run that made the store
-    features/<set>/set.json                           rows, blocks, arrays and data hash of a feature set
+    features/<set>/claim.json                         what the first creator of a feature set asked for
+    features/<set>/set.json                           rows, blocks, arrays and data hash of a feature set that is ready
     features/<set>/<member>/<group>                   Zarr array [rows, features]; a lone member is m0
     features/<set>/inputs/<block>.parquet             what enters the model, written by the creator of the set
     features/<set>/{examples,statistics}/<block>.parquet
@@ -13,7 +14,7 @@ A store holds
     weights/<name>/{weights,trajectory}.parquet
     scores/<name>/{proponents.parquet,summary.json}
 and in the folder of each artifact, which are the last five,
-    artifact.json                                     settings and number of units
+    artifact.json                                     settings and number of units, of the first creator
     commits/<unit>.<generation>.json                  commit records
 """
 
@@ -32,6 +33,7 @@ from gradstore.errors import SpecError
 
 FORMAT_VERSION: Final = 1
 STORE_FILE: Final = "gradstore.json"
+CLAIM_FILE: Final = "claim.json"
 SET_FILE: Final = "set.json"
 ARTIFACT_FILE: Final = "artifact.json"
 METADATA_FILE: Final = "zarr.json"
@@ -114,6 +116,24 @@ def parse_record_path(path: str) -> tuple[int, int] | None:
     """(unit, generation) that a commit record's path names, or None for any other path."""
     match = _RECORD.fullmatch(path)
     return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowBlocks:
+    """Rows in blocks of ``block_rows``, the last of which may be shorter."""
+
+    rows: int
+    block_rows: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.rows // self.block_rows)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Rows [start, stop) of a block."""
+        start = block * self.block_rows
+        return start, min(start + self.block_rows, self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

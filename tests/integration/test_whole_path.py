@@ -24,6 +24,7 @@ from tests.runs import command, gradstore, make_run
 from tests.servers import S3Server
 
 SETS = ("train", "learn", "eval")
+ONE_WORKER = {"cluster": {"workers": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +166,13 @@ def test_running_again_computes_nothing(finished: Path) -> None:
     assert "48 done earlier" in again.stderr
 
 
-def test_stages_one_by_one_on_s3_end_in_the_same_numbers(finished: Path, seaweed: S3Server, tmp_path: Path) -> None:
+def test_the_same_run_on_s3_ends_in_the_same_numbers(finished: Path, seaweed: S3Server, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(finished.parent / "model")
-    run = make_run(tmp_path, seaweed.url("whole"))
-    for stage in ("featurize", "kernel", "contribute", "learn", "score"):
-        done = gradstore(stage, run, "--quiet", env=seaweed.env)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout + done.stderr == ""
-    shown = gradstore("report", seaweed.url("whole"), env=seaweed.env, cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
+    run = make_run(tmp_path, seaweed.url("whole"), ONE_WORKER)
+    done = gradstore("run", run, "--quiet", env=seaweed.env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "Label precision@10" in done.stdout
     assert (tmp_path / "small-report.html").exists()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in seaweed.env.items():
@@ -199,17 +198,17 @@ def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_th
     records = tmp_path / "store" / "features" / "train" / "blocks"
     killed = subprocess.Popen(command("run", run), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not (records.exists() and any(records.iterdir())) and time.monotonic() < deadline:
+    while not (records.exists() and any(records.glob("*.json"))) and time.monotonic() < deadline:
         time.sleep(0.002)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     total = FeatureStore.open(str(tmp_path / "store")).open_set("train").info.num_blocks
-    before = {path.name: path.read_bytes() for path in records.iterdir()}
+    before = {path.name: path.read_bytes() for path in records.glob("*.json")}
     assert 0 < len(before) < total, "the kill came too late or too early to show anything"
 
     again = gradstore("run", run)
     assert again.returncode == 0, again.stderr
-    after = {path.name: path.read_bytes() for path in records.iterdir()}
+    after = {path.name: path.read_bytes() for path in records.glob("*.json")}
     assert len(after) == total
     assert {name: after[name] for name in before} == before
     for set_name in SETS:
@@ -218,3 +217,63 @@ def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_th
             read_features(finished.parent / "store", set_name),
         )
         assert all((ours[name] == undisturbed[name]).all() for name in undisturbed)
+
+
+def test_other_settings_are_refused_side_by_side_and_leave_the_store_as_it_is(finished: Path, tmp_path: Path) -> None:
+    store = Path(read_spec(finished).run.store)
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    (tmp_path / "model").symlink_to(finished.parent / "model")
+    cases: list[tuple[str, dict[str, dict[str, object]], str]] = [
+        (
+            "featurize",
+            {"features": {"projection": {"kind": "logra", "rank": 5}}},
+            "projection.rank: store has 4, the run asks for 5",
+        ),
+        ("featurize", {"data": {"label": "id"}}, "data_hash: store has"),
+        ("contribute", {"kernel": {"damping": 0.7}}, "kernel.damping: store has 0.1, the run asks for 0.7"),
+        ("learn", {"learn": {"k": 4}}, "learner.k: store has 3, the run asks for 4"),
+        ("score", {"score": {"k": 11}}, "k: store has 10, the run asks for 11"),
+    ]
+    for stage, change, message in cases:
+        refused = gradstore(stage, make_run(tmp_path, str(store), {**change, **ONE_WORKER}))
+        assert refused.returncode == 4, (stage, refused.stderr)
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+
+
+def test_a_second_kernel_in_half_precision_lives_beside_the_first(finished: Path, tmp_path: Path) -> None:
+    spec = read_spec(finished)
+    store = FeatureStore.open(spec.run.store)
+    (tmp_path / "model").symlink_to(finished.parent / "model")
+    second = make_run(
+        tmp_path,
+        spec.run.store,
+        {
+            **ONE_WORKER,
+            "kernel": {"kind": "identity", "name": "plain"},
+            "contribute": {"dtype": "float16"},
+            "learn": {"name": "plain"},
+        },
+    )
+    text = second.read_text(encoding="utf-8").replace("damping = 0.1\n", "")
+    second.write_text(text, encoding="utf-8")
+    for stage in ("kernel", "contribute", "learn", "score"):
+        done = gradstore(stage, second)
+        assert done.returncode == 0, done.stderr
+
+    features = {name: read_features(spec.run.store, name) for name in ("train", "eval")}
+    c = oracle.contributions(features["eval"], features["train"], list(features["train"]))
+    artifact = ContributionArtifact.open(store.storage, "plain", "eval")
+    stored = np.concatenate(list(artifact.read_blocks(0, 12)), axis=1)
+    # Half precision keeps 11 bits of every value, and the largest of a query within its range.
+    assert np.abs(stored - c).max() <= 2**-10 * np.abs(c).max()
+    assert (np.abs(stored - c) <= 2**-10 * np.abs(c) + 1e-6 * np.abs(c).max(axis=(1, 2), keepdims=True)).all()
+
+    unsure = gradstore("report", spec.run.store, "--output", tmp_path / "page.html")
+    assert unsure.returncode == 2
+    assert "Choose one with --kernel" in unsure.stderr
+    shown = gradstore("report", spec.run.store, "--kernel", "plain", "--output", tmp_path / "page.html")
+    assert shown.returncode == 0, shown.stderr
+    assert "plain, unweighted" in shown.stdout
+    assert "block, unweighted" not in shown.stdout

@@ -67,7 +67,7 @@ def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks
     records = tmp_path / "runs" / "demo" / "features" / "train" / "blocks"
     killed = subprocess.Popen(run, cwd=tmp_path, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
-    while not (records.exists() and len(list(records.iterdir())) >= 3) and time.monotonic() < deadline:
+    while not (records.exists() and len(list(records.glob("*.json"))) >= 3) and time.monotonic() < deadline:
         time.sleep(0.1)
     workers = psutil.Process(killed.pid).children(recursive=True)
     os.kill(killed.pid, signal.SIGKILL)
@@ -76,7 +76,7 @@ def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
     store = FeatureStore.open(str(tmp_path / "runs" / "demo"))
-    before = {path.name: path.read_bytes() for path in records.iterdir()}
+    before = {path.name: path.read_bytes() for path in records.glob("*.json")}
     assert 0 < len(before) < store.open_set("train").info.num_blocks
 
     again = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +25,8 @@ from gradstore.store.artifacts import (
     list_artifacts,
 )
 from gradstore.store.backend import Storage, open_storage
+from gradstore.store.codecs import encode_document
+from tests.storages import Killed, KillingStorage, die
 
 _NAMES = count()
 SETTINGS = {"kind": "block", "damping": 0.1, "snapshot": {"blocks": ((0, 0), (1, 0))}}
@@ -90,14 +97,95 @@ def test_bundles_of_the_first_creation_win(storage: Storage) -> None:
     assert again.info.num_units == 2
 
 
-def test_other_settings_are_refused_and_another_name_is_the_way_out(storage: Storage) -> None:
+def test_other_settings_are_refused_field_by_field(storage: Storage) -> None:
     make_kernel(storage)
     with pytest.raises(ContractError) as caught:
         make_kernel(storage, damping=0.2)
     assert "kernels/block was made with other settings" in str(caught.value)
     assert "damping: store has 0.1, the run asks for 0.2" in str(caught.value)
-    assert "choose another name" in str(caught.value)
     make_kernel(storage, name="block-2", damping=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way_out"),
+    [
+        ("kernel", "delete URL/kernels/a and run `gradstore kernel` again, or choose another run.store."),
+        ("queries", "choose another kernel.name (and learn.name)."),
+        ("contributions", "choose another kernel.name (and learn.name)."),
+        ("weights", "choose another learn.name."),
+        ("scores", "delete URL/scores/a: `gradstore score` makes it again in minutes."),
+    ],
+)
+def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_deleting_it(
+    storage: Storage, kind: str, way_out: str
+) -> None:
+    def create(settings: dict[str, Any]) -> None:
+        shape = ContributionShape(queries=2, rows=2, groups=("g",), block_rows=2, query_tile=2)
+        creators: dict[str, Callable[[], object]] = {
+            "kernel": lambda: KernelArtifact.create(storage, "a", settings=settings, widths={}, bundles=()),
+            "queries": lambda: QueryArtifact.create(storage, "a", "b", settings=settings, queries=1, widths={}),
+            "contributions": lambda: ContributionArtifact.create(storage, "a", "b", settings=settings, shape=shape),
+            "weights": lambda: WeightsArtifact.create(storage, "a", settings=settings),
+            "scores": lambda: ScoresArtifact.create(storage, "a", settings=settings),
+        }
+        creators[kind]()
+
+    create({"k": 1})
+    with pytest.raises(ContractError) as caught:
+        create({"k": 2})
+    assert str(caught.value).endswith(f"\nRestore these settings, or {way_out.replace('URL', storage.url)}")
+
+
+def test_a_damaged_object_of_an_artifact_is_named_with_its_record_and_both_made_anew(storage: Storage) -> None:
+    kernel = make_kernel(storage)
+    write_bundle(kernel, 0)
+    chunk, record = "kernels/block/eigenvectors/blocks/c/0/0", "kernels/block/commits/000000.0.json"
+    storage.delete(chunk)
+    storage.publish(chunk, [b"x"])
+    with pytest.raises(IntegrityError) as caught:
+        KernelArtifact.open(storage, "block").read("blocks")
+    assert f"{storage.url}/{chunk}: its bytes are not those that were committed" in str(caught.value)
+    assert f"its commit record {storage.url}/{record}; then run `gradstore kernel` again" in str(caught.value)
+
+    for path in (chunk, record):
+        storage.delete(path)
+    write_bundle(make_kernel(storage), 0)
+
+    KernelArtifact.open(storage, "block").read("blocks")
+
+
+@pytest.mark.parametrize("damage", [b"{", b'{"a": 1, "crc32c": "\xff"}'])
+def test_damaged_settings_of_an_artifact_name_the_folder_to_delete_and_the_command(
+    storage: Storage, damage: bytes
+) -> None:
+    ScoresArtifact.create(storage, "block.learned", settings={})
+    storage.delete("scores/block.learned/artifact.json")
+    storage.publish("scores/block.learned/artifact.json", [damage])
+    way_out = rf"Delete the folder {storage.url}/scores/block\.learned, then run `gradstore score` again"
+    with pytest.raises(IntegrityError, match=way_out):
+        list_artifacts(storage)
+    with pytest.raises(IntegrityError, match=way_out):
+        ScoresArtifact.create(storage, "block.learned", settings={})
+
+
+def test_a_damaged_summary_names_what_to_delete_and_the_command(storage: Storage) -> None:
+    made = ScoresArtifact.create(storage, "a", settings={})
+    made.write(pa.table({"query": [0]}), {"chance": 0.5}, facts={})
+    storage.delete("scores/a/summary.json")
+    storage.publish("scores/a/summary.json", [b"\xff"])
+    with pytest.raises(IntegrityError, match=r"scores/a/commits/000000\.0\.json; then run `gradstore score` again"):
+        made.read_summary()
+
+
+def test_deleted_metadata_and_scales_are_restored_though_the_artifact_is_complete(storage: Storage) -> None:
+    made, values = make_contributions(storage, "float16")
+    for block in range(3):
+        made.write_block(block, values[:, slice(*made.shape.block_range(block))], facts={})
+    before = {path: storage.read(f"{made.folder}/{path}") for path in ("values/c/zarr.json", "values/scale/c/0")}
+    for path in before:
+        storage.delete(f"{made.folder}/{path}")
+    make_contributions(storage, "float16")
+    assert {path: storage.read(f"{made.folder}/{path}") for path in before} == before
 
 
 def test_an_artifact_that_is_not_there_says_what_to_run(storage: Storage) -> None:
@@ -121,7 +209,6 @@ def test_queries_read_back(storage: Storage) -> None:
     assert list(found) == list(WIDTHS)
     for group, values in features.items():
         np.testing.assert_array_equal(found[group], values)
-    assert list(opened.read_all(["a/b"])) == ["a/b"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -167,6 +254,45 @@ def test_how_contributions_were_divided_first_wins(storage: Storage) -> None:
     again, _ = make_contributions(storage, "float32")
     assert again.shape.dtype == "float16"
     np.testing.assert_array_equal(again.scales, 2.0 ** np.arange(-12, -7))
+
+
+@pytest.mark.parametrize("changes", range(8))
+@pytest.mark.parametrize("dies", [False, True])
+def test_creators_at_any_moment_of_each_other_make_one_artifact(storage: Storage, changes: int, dies: bool) -> None:
+    def create_otherwise(target: Storage) -> ContributionArtifact:
+        shape = ContributionShape(
+            queries=5, rows=7, groups=("a", "b", "c"), block_rows=4, query_tile=5, dtype="float16"
+        )
+        scales = np.full(5, 2.0**7, np.float32)
+        return ContributionArtifact.create(target, "block", "eval", settings=SETTINGS, shape=shape, scales=scales)
+
+    event = die if dies else lambda: make_contributions(storage, "float16")
+    with suppress(Killed):
+        create_otherwise(KillingStorage(storage, changes=changes, event=event))
+    make_contributions(storage, "float16")
+    made = ContributionArtifact.open(storage, "block", "eval")
+    folder = f"{made.folder}/values"
+    layout = json.loads(storage.read(f"{folder}/c/zarr.json"))["chunk_grid"]["configuration"]["chunk_shape"]
+    assert layout == [made.shape.query_tile, made.shape.block_rows, 3]
+    assert storage.read(f"{folder}/scale/c/0")[:-4] == made.scales.tobytes()
+    assert "groups" in json.loads(storage.read(f"{folder}/c/zarr.json"))["attributes"]
+
+
+def test_an_artifact_of_a_newer_format_is_refused(storage: Storage) -> None:
+    document = {"format_version": 2, "kind": "weights", "num_units": 1, "settings": {}, "recorded": {}}
+    storage.publish("weights/learned/artifact.json", encode_document(document).parts)
+    with pytest.raises(ContractError, match="weights/learned has format version 2; this gradstore reads version 1"):
+        WeightsArtifact.open(storage, "learned")
+
+
+def test_an_unfinished_artifact_is_swept_when_it_is_created_again(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    make_kernel(storage)
+    abandoned = tmp_path / "kernels/block/.gradstore-dead"
+    abandoned.write_bytes(b"")
+    os.utime(abandoned, (0, 0))
+    make_kernel(storage)
+    assert not abandoned.exists()
 
 
 def test_contributions_of_another_shape_are_refused(storage: Storage) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import time
 from itertools import count
 from pathlib import Path
 
@@ -62,11 +64,38 @@ def test_an_unknown_s3_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         open_storage("s3://bucket/prefix")
 
 
+@pytest.mark.parametrize("client", ["obstore", "s3fs"])
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
+@pytest.mark.parametrize("value", ["nonsense", "", "http://", "ftp://host", "http://host:99999999", "http://[::"])
+def test_an_endpoint_that_is_no_url_of_a_server_is_refused(
+    client: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADSTORE_S3_CLIENT", client)
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(key, "x")
+    monkeypatch.setenv(name, value)
+    storage = open_storage("s3://bucket/prefix")
+    with pytest.raises(StorageError, match=rf"^{name}: found '{re.escape(value)}'; accepted: http://HOST"):
+        storage.read("a")
+
+
 def test_a_writer_that_dies_leaves_a_file_that_no_listing_shows(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     storage.publish("a/1", [b"x"])
     (tmp_path / "a" / ".gradstore-0123456789abcdef").write_bytes(b"half an obj")
     assert [info.path for info in storage.list_objects("")] == ["a/1"]
+
+
+def test_a_sweep_removes_what_dead_writers_left_and_not_what_living_ones_write(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.publish("a/b/1", [b"x"])
+    dead, living = tmp_path / "a/b/.gradstore-dead", tmp_path / "a/b/.gradstore-living"
+    for path, seconds in ((dead, 3700), (living, 3500)):
+        path.write_bytes(b"half an obj")
+        os.utime(path, (time.time() - seconds,) * 2)
+    os.utime(tmp_path / "a/b/1", (0, 0))
+    storage.sweep("a")
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == [living.name, "1"]
 
 
 def test_publishing_leaves_no_temporary_file(tmp_path: Path) -> None:

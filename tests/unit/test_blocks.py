@@ -13,8 +13,8 @@ from gradstore.store.backend import Storage, open_storage
 from gradstore.store.blocks import (
     Buffers,
     CommitLog,
+    claim_document,
     in_parallel,
-    publish_exactly,
     publish_object,
     read_chunk,
     read_object,
@@ -59,10 +59,14 @@ def test_a_damaged_object_is_replaced(storage: Storage) -> None:
     assert storage.read("a") == b"".join(TWOS.parts)
 
 
-def test_publishing_exactly_replaces_what_an_unfinished_creation_left(storage: Storage) -> None:
-    publish_exactly(storage, "a", [b"old"])
-    publish_exactly(storage, "a", [b"n", b"ew"])
-    assert storage.read("a") == b"new"
+def test_of_several_claims_the_first_counts_for_all(storage: Storage) -> None:
+    barrier = threading.Barrier(8)
+
+    def claim(number: int) -> int:
+        barrier.wait()
+        return int(claim_document(storage, "claim.json", {"number": number}, remedy="")["number"])
+
+    assert len(set(in_parallel(claim, range(8), threads=8))) == 1
 
 
 @pytest.mark.parametrize("position", [0, 7, -1])
@@ -72,8 +76,8 @@ def test_a_flipped_bit_is_caught_and_the_object_named(storage: Storage, position
     data[position] ^= 4
     storage.delete("m0/a/c/0/0")
     storage.publish("m0/a/c/0/0", [bytes(data)])
-    with pytest.raises(IntegrityError, match=r"m0/a/c/0/0: its bytes are not those that its commit record names"):
-        read_chunk(storage, "m0/a/c/0/0", entry, LAYOUT, np.empty(LAYOUT.chunk_bytes, np.uint8))
+    with pytest.raises(IntegrityError, match=r"m0/a/c/0/0: its bytes are not those that were committed\. Do so\."):
+        read_chunk(storage, "m0/a/c/0/0", entry, LAYOUT, np.empty(LAYOUT.chunk_bytes, np.uint8), remedy="Do so.")
 
 
 def test_a_swapped_chunk_is_caught_though_its_own_checksum_is_right(storage: Storage) -> None:
@@ -81,14 +85,22 @@ def test_a_swapped_chunk_is_caught_though_its_own_checksum_is_right(storage: Sto
     storage.delete("a")
     publish_object(storage, "a", TWOS)
     with pytest.raises(IntegrityError, match="a: its bytes are not those"):
-        read_chunk(storage, "a", entry, LAYOUT, np.empty(LAYOUT.chunk_bytes, np.uint8))
+        read_chunk(storage, "a", entry, LAYOUT, np.empty(LAYOUT.chunk_bytes, np.uint8), remedy="Do so.")
 
 
 def test_a_deleted_object_that_a_record_names_is_named_with_the_way_out(storage: Storage) -> None:
     entry = publish_object(storage, "t", encode_document({"a": 1}))
     storage.delete("t")
-    with pytest.raises(ObjectMissingError, match=r"t: is missing, though a commit record names it. Delete that record"):
-        read_object(storage, "t", entry)
+    with pytest.raises(ObjectMissingError, match=r"t: is missing, though it was committed\. Do so\."):
+        read_object(storage, "t", entry, remedy="Do so.")
+
+
+def test_the_way_out_of_a_damaged_object_names_its_record_and_the_command_that_makes_it(storage: Storage) -> None:
+    log = CommitLog(storage, "set/blocks", "featurize")
+    log.commit(7, {}, {})
+    take_back(storage, log, 7, 1)
+    remedy = log.remedy(log.commit(7, {}, {}))
+    assert f"its commit record {storage.url}/set/blocks/000007.2.json; then run `gradstore featurize`" in remedy
 
 
 def test_a_changed_table_is_caught(storage: Storage) -> None:
@@ -98,11 +110,11 @@ def test_a_changed_table_is_caught(storage: Storage) -> None:
     storage.delete("t")
     publish_object(storage, "t", encode_table(pa.table({"a": [2]})))
     with pytest.raises(IntegrityError, match="t: its bytes are not those"):
-        read_object(storage, "t", entry)
+        read_object(storage, "t", entry, remedy="Do so.")
 
 
 def test_a_unit_is_missing_until_its_record_is_published(storage: Storage) -> None:
-    log = CommitLog(storage, "set/blocks")
+    log = CommitLog(storage, "set/blocks", "featurize")
     assert log.missing(3) == [0, 1, 2]
     record = log.commit(1, {"a": publish_object(storage, "set/a", ONES)}, {"rows": 4})
     assert log.missing(3) == [0, 2]
@@ -111,7 +123,7 @@ def test_a_unit_is_missing_until_its_record_is_published(storage: Storage) -> No
 
 
 def test_the_loser_of_a_race_gets_the_winners_record(storage: Storage) -> None:
-    log = CommitLog(storage, "set/blocks")
+    log = CommitLog(storage, "set/blocks", "featurize")
     barrier = threading.Barrier(8)
 
     def commit(number: int) -> str:
@@ -124,7 +136,7 @@ def test_the_loser_of_a_race_gets_the_winners_record(storage: Storage) -> None:
 
 
 def test_the_highest_generation_counts(storage: Storage) -> None:
-    log = CommitLog(storage, "set/blocks")
+    log = CommitLog(storage, "set/blocks", "featurize")
     log.commit(0, {}, {})
     take_back(storage, log, 0, 1)
     assert log.missing(1) == [0]
@@ -137,22 +149,37 @@ def test_the_highest_generation_counts(storage: Storage) -> None:
     assert log.require(0, "") == again
 
 
+def test_a_reader_gets_one_generation_throughout_and_units_that_come_later(storage: Storage) -> None:
+    log, writer = CommitLog(storage, "set/blocks", "featurize"), CommitLog(storage, "set/blocks", "featurize")
+    first = writer.commit(0, {}, {})
+    assert log.require(0, "") == first
+    take_back(storage, log, 0, 1)
+    assert CommitLog(storage, "set/blocks", "featurize").latest(0) != first
+    CommitLog(storage, "set/blocks", "featurize").commit(0, {}, {})
+    later = CommitLog(storage, "set/blocks", "featurize").commit(1, {}, {})
+    assert log.require(0, "") == first
+    assert log.committed() == {0: first, 1: later}
+    assert log.pin() == {0: 0, 1: 0}
+    assert CommitLog(storage, "set/blocks", "featurize").pin() == {0: 2, 1: 0}
+
+
 def test_committing_again_changes_nothing(storage: Storage) -> None:
-    log = CommitLog(storage, "set/blocks")
+    log = CommitLog(storage, "set/blocks", "featurize")
     first = log.commit(0, {}, {"try": 1})
     assert log.commit(0, {}, {"try": 2}) == first
 
 
 def test_a_damaged_record_is_named(storage: Storage) -> None:
     storage.publish("set/blocks/000000.0.json", [b'{"unit": 0'])
-    with pytest.raises(IntegrityError, match=r"set/blocks/000000\.0\.json: is not a gradstore document"):
-        CommitLog(storage, "set/blocks").committed()
+    said = r"set/blocks/000000\.0\.json: is not a gradstore document: .*\. Delete it, then run `gradstore featurize`"
+    with pytest.raises(IntegrityError, match=said):
+        CommitLog(storage, "set/blocks", "featurize").committed()
 
 
 def test_a_document_that_is_no_record_is_named(storage: Storage) -> None:
     storage.publish("set/blocks/000000.0.json", encode_document({"rows": 3}).parts)
     with pytest.raises(IntegrityError, match=r"000000\.0\.json: is not a commit record"):
-        CommitLog(storage, "set/blocks").committed()
+        CommitLog(storage, "set/blocks", "featurize").committed()
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -219,13 +219,23 @@ def test_the_identity_follows_the_tokenizer_and_the_cutting(models: dict[Kind, P
     assert identity["adapter"] == "causal_lm"
     assert identity["output"] == "token_cross_entropy"
     assert identity["truncation"]["eval"] == {"packing": "document", "length": 12}
-    assert _adapter(models["gpt2"]).identity() == identity
+    assert _adapter(models["gpt2"]).identity()["tokenizer"] == identity["tokenizer"]
+    assert _adapter(models["gpt2"]).identity()["architecture"] != identity["architecture"]
     assert _adapter(models["llama"], data={"length": 13}).identity() != identity
     other = shutil.copytree(models["llama"], tmp_path / "other")
     rules = json.loads((other / "tokenizer.json").read_text())
     rules["pre_tokenizer"]["add_prefix_space"] = True
     (other / "tokenizer.json").write_text(json.dumps(rules))
     assert _adapter(other).identity()["tokenizer"] != identity["tokenizer"]
+
+
+def test_the_identity_sees_what_no_weight_shows(models: dict[Kind, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "rms_norm_eps": 1e-3}))
+
+    assert _adapter(tmp_path / "model").identity() != _adapter(models["llama"]).identity()
 
 
 def test_using_a_tokenizer_does_not_change_its_hash(models: dict[Kind, Path], texts: Path) -> None:
@@ -243,11 +253,35 @@ def test_a_model_that_does_not_exist_is_refused_with_what_could_be_named(tmp_pat
         SpecError, match=r"model\.source: 'nobody/nothing' does not load (.*\n)*Name .* hub id that this machine can"
     ):
         _adapter("nobody/nothing").load("cpu")
-    with pytest.raises(SpecError, match=r"Name a folder with a config\.json and weights"):
+    with pytest.raises(SpecError, match=r"Name a folder with a config\.json, weights and a tokenizer"):
         _adapter(tmp_path).load("meta")
 
 
-def test_weights_that_do_not_fill_the_model_are_refused(models: dict[Kind, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["/nope/model", "./nope", "nope/a/b", "~/nope"])
+def test_a_path_where_no_folder_is_is_not_taken_for_a_hub_id(source: str) -> None:
+    with pytest.raises(SpecError, match=rf"^model\.source: '{source}': there is no such folder\. Name a folder"):
+        _adapter(source).load("meta")
+
+
+def test_a_broken_tokenizer_is_told_apart_from_the_model(models: dict[Kind, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["llama"], tmp_path / "model")
+    (folder / "tokenizer.json").write_text("garbage{")
+    _adapter(folder).load("meta")
+    with pytest.raises(SpecError, match=rf"model\.source: '{folder}' does not load as a tokenizer: "):
+        _adapter(folder).examples()
+
+
+@pytest.mark.parametrize("kept", [0, 5, -100])
+def test_cut_weights_are_refused(models: dict[Kind, Path], tmp_path: Path, kept: int) -> None:
+    weights = shutil.copytree(models["llama"], tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(DataError, match=rf"model\.source: '{weights.parent}' holds damaged weights: .*Fetch or copy"):
+        _adapter(weights.parent).load("cpu")
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(
+    models: dict[Kind, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(models["llama"], tmp_path / "model")
@@ -257,6 +291,15 @@ def test_weights_that_do_not_fill_the_model_are_refused(models: dict[Kind, Path]
 
     with pytest.raises(DataError, match=r"lack 1 tensors of the model: lm_head\.weight"):
         _adapter(folder).load("cpu")
+
+    weights["lm_head.weight"] = load_file(models["llama"] / "model.safetensors")["lm_head.weight"][1:].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        DataError, match=r"wrong shape for 1 tensors of the model: lm_head\.weight \[299, 32\] for \[300"
+    ):
+        _adapter(folder).load("cpu")
+    # transformers would print a table of its own.
+    assert capfd.readouterr() == ("", "")
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_plan_as_a_table_says_what_is_skipped(invoke: Invoke) -> None:
     [
         ({"model": {"adapter": "gpt"}}, 2, "model.adapter: found 'gpt'; accepted: causal_lm"),
         ({"features": {"projection": {"kind": "trak"}}}, 2, "features.projection.kind: found 'trak'; accepted: logra"),
+        ({"features": {"projection": {"rank": 4}}}, 2, "features.projection.kind: is missing; accepted: logra"),
+        ({"learn": {"k": 49}}, 2, "learn.k: found 49; accepted: at most the 48 rows of data.train"),
         ({"kernel": {"kind": "full"}}, 2, "kernel.kind: found 'full'; accepted: block, identity"),
         ({"kernel": {"dampnig": 1.0}}, 2, "kernel.dampnig: unknown key; accepted for block: damping, mode"),
         ({"kernel": {"damping": 0.0}}, 2, "kernel.damping: found 0.0"),
@@ -94,7 +96,7 @@ def test_plan_as_a_table_says_what_is_skipped(invoke: Invoke) -> None:
         ({"data.train": {"rows": 4000}}, 3, "4,000"),
         ({"data": {"label": "colour"}}, 3, "colour"),
         ({"model": {"source": "nowhere/at-all"}}, 2, "nowhere/at-all"),
-        ({"cluster": {"memory_per_worker": "100MB"}}, 5, "a worker may use 100 MB"),
+        ({"cluster": {"memory_per_worker": "100MB"}}, 5, "each of 2 workers may use 100 MB"),
         ({"data": {"length": 65}}, 2, "reads at most 64 tokens"),
     ],
 )

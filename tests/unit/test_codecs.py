@@ -28,7 +28,7 @@ from gradstore.store.layout import ArrayLayout
 LAYOUT = ArrayLayout(shape=(10, 3), chunk_shape=(4, 3), dtype="float32", dimension_names=("example", "feature"))
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**-24, 2.0**10])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-24, 2.0**-40, 2.0**10, 2.0**15, 2.0**16, 2.0**40, 2.0**112])
 def test_every_float16_is_widened_exactly_as_numpy_widens_it(scale: float) -> None:
     half = np.arange(2**16, dtype=np.uint16).view(np.float16)
     out = np.empty(half.shape, np.float32)
@@ -36,6 +36,15 @@ def test_every_float16_is_widened_exactly_as_numpy_widens_it(scale: float) -> No
         expected = half.astype(np.float32) * np.float32(scale)
         from_half(half, scale, out)
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("exponent", [-40, 15, 16, 40])
+def test_float16_with_a_large_or_small_scale_reads_back(exponent: int) -> None:
+    values = np.array([0.0, 1.5, -2.25], np.float32) * np.float32(2.0**exponent)
+    half, out = np.empty(3, np.float16), np.empty(3, np.float32)
+    assert to_half(values, 2.0**exponent, half) == Rounding()
+    from_half(half, 2.0**exponent, out)
+    np.testing.assert_array_equal(out, values)
 
 
 def test_widening_keeps_the_sign_of_zero_and_the_bits_of_every_finite_value() -> None:
@@ -107,7 +116,7 @@ def test_a_table_reads_back_whole_or_by_column_and_damage_is_noticed() -> None:
 def test_a_document_reads_back_as_plain_json_whatever_its_keys() -> None:
     payload = encode_document({"blocks": ((0, 1),), "counts": {10: "ten", 2: "two"}, "text": "μ", "x": 0.1})
     data = b"".join(payload.parts)
-    assert decode_document(data, "here") == {
+    assert decode_document(data, "here", "") == {
         "blocks": [[0, 1]],
         "counts": {"10": "ten", "2": "two"},
         "text": "μ",
@@ -119,11 +128,27 @@ def test_a_document_reads_back_as_plain_json_whatever_its_keys() -> None:
 def test_an_edited_document_is_refused_by_name() -> None:
     value = json.loads(b"".join(encode_document({"rows": 3}).parts))
     value["rows"] = 4
-    with pytest.raises(IntegrityError, match=r"set\.json: was changed after it was written"):
-        decode_document(json.dumps(value).encode(), "set.json")
+    with pytest.raises(IntegrityError, match=r"set\.json: was changed after it was written: .*\. Do so\."):
+        decode_document(json.dumps(value).encode(), "set.json", "Do so.")
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"{}", b"\xff"])
-def test_what_is_no_document_is_refused_by_name(data: bytes) -> None:
-    with pytest.raises(IntegrityError, match=r"set\.json: is not a gradstore document"):
-        decode_document(data, "set.json")
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "Expecting value: line 1 column 1"),
+        (b"{", "Expecting property name"),
+        (b"[1]", "it holds no crc32c"),
+        (b"{}", "it holds no crc32c"),
+        (b'{"a": 1, "b": "\xff"}', "invalid start byte"),
+        (b'{"crc32c": "0", "b": "\\ud800"}', "surrogates not allowed"),
+    ],
+)
+def test_what_is_no_document_is_refused_in_one_line_with_its_name_and_the_way_out(data: bytes, reason: str) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        decode_document(data, "set.json", "Do so.")
+    message = str(caught.value)
+    assert message.startswith("set.json: is not a gradstore document: ")
+    assert message.endswith(". Do so.")
+    assert reason in message
+    assert str(data) not in message or not data
+    assert "\n" not in message

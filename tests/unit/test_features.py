@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -12,10 +15,11 @@ import pyarrow as pa
 import pytest
 
 from gradstore.errors import ContractError, DataError, IntegrityError, NotReadyError, SpecError
-from gradstore.store.backend import open_storage
+from gradstore.store.backend import Storage, open_storage
 from gradstore.store.codecs import encode_document
 from gradstore.store.features import FeatureStore
 from tests import stores
+from tests.storages import Killed, KillingStorage, die
 
 _NAMES = count()
 
@@ -107,7 +111,6 @@ def test_an_uncommitted_block_is_not_read(url: str) -> None:
 def test_a_snapshot_is_complete_or_says_how_much_is_there(url: str) -> None:
     made = stores.create(url, stores.set_info())
     stores.write(made, 1)
-    assert made.snapshot(complete=False).blocks == ((1, 0),)
     with pytest.raises(NotReadyError, match="1 of 3 blocks are committed"):
         made.snapshot()
     stores.write(made, 0)
@@ -178,7 +181,9 @@ def test_inputs_read_back_and_are_checked(url: str) -> None:
     assert made.read_inputs(2).equals(stores.inputs(info)[2])
     made.storage.delete("features/train/inputs/000002.parquet")
     made.storage.publish("features/train/inputs/000002.parquet", [b"PAR1 something else"])
-    with pytest.raises(IntegrityError, match=r"inputs/000002\.parquet"):
+    with pytest.raises(
+        IntegrityError, match=r"inputs/000002\.parquet: .* Run `gradstore featurize` again: it restores"
+    ):
         made.read_inputs(2)
 
 
@@ -213,36 +218,101 @@ def test_inputs_are_not_read_when_the_set_is_there(url: str) -> None:
     FeatureStore.open(url).create_set(info, (never() for _ in range(3)))
 
 
-@pytest.mark.parametrize(("tables", "said"), [(2, "only 2"), (4, "more than 3")])
-def test_too_few_or_too_many_input_tables_are_refused(url: str, tables: int, said: str) -> None:
+@pytest.mark.parametrize(("tables", "rows"), [(2, 8), (4, 15)])
+def test_too_few_or_too_many_inputs_are_refused(url: str, tables: int, rows: int) -> None:
     info = stores.set_info()
     given = (stores.inputs(info) + stores.inputs(info))[:tables]
     store = FeatureStore.create(url, contract={}, run={})
-    with pytest.raises(DataError, match=f"has 3 blocks; {said} input tables"):
+    with pytest.raises(DataError, match=f"feature set train: has 11 rows; its input tables have {rows}"):
         store.create_set(info, given)
     assert store.set_names() == []
 
 
-def test_an_input_table_of_another_length_is_refused(url: str) -> None:
-    info = stores.set_info()
-    with pytest.raises(DataError, match="block 2 has 3 rows; its input table has 4"):
-        FeatureStore.create(url, contract={}, run={}).create_set(
-            info, stores.inputs(info)[:2] + stores.inputs(info)[:1]
-        )
+@pytest.mark.parametrize("changes", range(16))
+@pytest.mark.parametrize("dies", [False, True])
+def test_creators_at_any_moment_of_each_other_make_one_set(url: str, changes: int, dies: bool) -> None:
+    ours = stores.set_info(dtype="float16", block_rows=2)
+    theirs = stores.set_info(dtype="float16")
+    theirs = replace(theirs, arrays=tuple(replace(array, scale=2.0 * array.scale) for array in theirs.arrays))
+    storage = open_storage(url)
+    event = die if dies else lambda: stores.write(stores.create(storage, theirs), 0)
+    with suppress(Killed):
+        stores.create(KillingStorage(storage, changes=changes, event=event), ours)
+    made = stores.create(storage, theirs)
+    assert made.info in (ours, theirs)
+    inputs = [made.read_inputs(block) for block in range(made.info.num_blocks)]
+    assert pa.concat_tables(inputs).equals(pa.concat_tables(stores.inputs(ours)))
+    assert [table.num_rows for table in inputs] == [table.num_rows for table in stores.inputs(made.info)]
+    for array in made.info.arrays:
+        metadata = json.loads(storage.read(f"features/train/{made.info.array_path(array.name)}/zarr.json"))
+        assert metadata["attributes"]["scale_factor"] == array.scale
+        assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == [made.info.block_rows, array.features]
+    if not dies and 0 not in made.missing_blocks():
+        made.read_block(0)
 
 
-def test_a_creation_that_was_not_finished_leaves_nothing_of_its_other_settings(url: str) -> None:
-    store = FeatureStore.create(url, contract={}, run={})
-    first = stores.set_info(block_rows=2, groups={"old": 3})
-    stores.create(url + "-whole", first)
-    for path, data in stores.all_objects(open_storage(url + "-whole")).items():
-        if path.startswith("features/train/") and not path.endswith("set.json"):
-            store.storage.publish(path, [data])
-    second = stores.set_info()
-    made = store.create_set(second, stores.inputs(second))
-    assert made.read_inputs(0).num_rows == 4
-    assert store.storage.list_folders("features/train/m0") == ["head%2F%CE%BC", "layers.0.mlp", "layers.1.mlp"]
-    assert not any("000003" in path for path in stores.all_objects(store.storage))
+def test_an_unfinished_creation_with_other_data_is_refused_until_its_folder_is_deleted(url: str) -> None:
+    storage = open_storage(url)
+    with pytest.raises(Killed):
+        stores.create(KillingStorage(storage, changes=5), stores.set_info(rows=12))
+    with pytest.raises(ContractError) as caught:
+        stores.create(url, stores.set_info())
+    assert "rows: store has 12, the run asks for 11" in str(caught.value)
+    assert f"not finished: if no other run is at it, delete the folder {url}/features/train" in str(caught.value)
+    for info in storage.list_objects("features/train"):
+        storage.delete(info.path)
+    assert stores.create(url, stores.set_info()).info.rows == 11
+
+
+def records_read(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the records that are read from now on."""
+    asked: list[str] = []
+    read = storage.read
+
+    def noting(path: str) -> bytes:
+        if "/blocks/" in path:
+            asked.append(path.rpartition("/")[2])
+        return read(path)
+
+    monkeypatch.setattr(storage, "read", noting)
+    return asked
+
+
+def test_a_set_that_is_opened_reads_each_record_once_and_one_generation(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stores.create(url, stores.set_info())
+    for block in range(2):
+        stores.write(made, block)
+    opened = FeatureStore.open(url).open_set("train")
+    asked = records_read(opened.storage, monkeypatch)
+    first = opened.read_block(0)
+    missing = {"unit": 0, "generation": 1, "state": "missing", "attempt": "repair", "objects": {}, "facts": {}}
+    made.storage.publish("features/train/blocks/000000.1.json", encode_document(missing).parts)
+    again = opened.read_block(0, ["layers.0.mlp"])
+    np.testing.assert_array_equal(again["layers.0.mlp"], first["layers.0.mlp"])
+    assert asked == ["000000.0.json", "000000.1.json"]
+    with pytest.raises(NotReadyError, match="block 0 is not committed"):
+        FeatureStore.open(url).open_set("train").read_block(0)
+
+
+def test_after_a_snapshot_a_block_costs_one_request_for_its_record(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stores.create(url, stores.set_info(rows=4))
+    stores.write(made, 0)
+    opened = FeatureStore.open(url).open_set("train")
+    opened.snapshot()
+    asked = records_read(opened.storage, monkeypatch)
+    opened.read_block(0)
+    assert asked == ["000000.0.json"]
+
+
+def test_an_unfinished_set_is_swept_when_it_is_created_again(tmp_path: Path) -> None:
+    stores.create(str(tmp_path), stores.set_info())
+    abandoned = tmp_path / "features/train/m0/.gradstore-dead"
+    abandoned.write_bytes(b"")
+    os.utime(abandoned, (0, 0))
+    stores.create(str(tmp_path), stores.set_info())
+    assert not abandoned.exists()
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "groups", "examples", "block"])

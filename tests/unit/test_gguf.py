@@ -67,9 +67,15 @@ def test_the_shape_of_a_gguf_model_needs_no_dequantising(file: Path) -> None:
 
 def test_a_file_that_is_absent_or_no_gguf_is_refused_and_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "noise.gguf").write_bytes(b"GGUF" + bytes(99))
+    (tmp_path / "model" / "short.gguf").write_bytes(b"GGUFgarbage")
 
     with pytest.raises(SpecError, match=r"model\.gguf_file: .*absent\.gguf cannot be read: No such file"):
         _adapter(file.parent, "absent.gguf").load("cpu")
     with pytest.raises(SpecError, match=r"noise\.gguf cannot be read as a GGUF language model"):
         _adapter(file.parent, "noise.gguf").load("cpu")
+    for device in ("cpu", "meta"):
+        with pytest.raises(
+            SpecError, match=r"short\.gguf cannot be read as a GGUF language model: (.*\n)Fetch the file"
+        ):
+            _adapter(file.parent, "short.gguf").load(device)
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []

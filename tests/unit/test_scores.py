@@ -11,10 +11,10 @@ from gradstore.numerics.scores import Ranked, Ranking
 
 
 def rank(c: np.ndarray, w: np.ndarray, k: int, edges: list[int], *, largest: bool = True) -> Ranked:
-    ranking = Ranking(num_queries=c.shape[0], num_groups=c.shape[2], k=k, largest=largest)
+    ranking = Ranking(num_queries=c.shape[0], num_groups=c.shape[2], k=k)
     for first, last in pairwise(edges):
         ranking.update(c[:, first:last], w, np.arange(first, last))
-    return ranking.result()
+    return ranking.proponents() if largest else ranking.opponents()
 
 
 @given(seed=st.integers(0, 1000), k=st.integers(1, 12), cut=st.integers(0, 20))
@@ -52,7 +52,7 @@ def test_the_order_of_blocks_does_not_matter() -> None:
     c = np.random.default_rng(1).integers(0, 2, (2, 16, 3)).astype(np.float32)
     w = np.full(3, 1 / 3)
     forward = rank(c, w, 5, [0, 4, 16])
-    ranking = Ranking(num_queries=2, num_groups=3, k=5, largest=True)
+    ranking = Ranking(num_queries=2, num_groups=3, k=5)
     for first, last in ((8, 16), (0, 8)):
         ranking.update(c[:, first:last], w, np.arange(first, last))
-    assert ranking.result().rows.tolist() == forward.rows.tolist()
+    assert ranking.proponents().rows.tolist() == forward.rows.tolist()

@@ -56,6 +56,15 @@ def test_keys_of_a_split_win_over_the_shared_defaults() -> None:
         ),
         (lambda v: v["data"]["train"].pop("rows"), r"data\.train declares no rows, so it takes all of the source"),
         (lambda v: v.update(features={"groups": 3}), r"features\.groups: found 3"),
+        (
+            lambda v: v.update(learn={"name": "unweighted"}),
+            r"learn\.name: found 'unweighted', which has another meaning",
+        ),
+        (lambda v: v.update(kernel={"name": "a.b"}), r"kernel\.name: found 'a\.b'"),
+        (
+            lambda v: v.update(learn={"learning_rate": float("inf")}),
+            r"learn\.learning_rate: found inf; accepted: a finite",
+        ),
         (lambda v: v["run"].update(name="../up"), r"run\.name: found '\.\./up'"),
     ],
 )
@@ -96,7 +105,7 @@ def test_paths_are_relative_to_the_file_and_the_store_to_the_working_directory(t
         '[data]\nsource="texts"\n[data.train]\nrows=1\n[data.learn]\nrows=1\n[data.eval]\nrows=1\n'
     )
     spec = read_spec(tmp_path / "run.toml")
-    assert spec.run.store == "runs/a"
+    assert spec.run.store == str(Path.cwd() / "runs" / "a")
     assert spec.model.source == "org/model"
     assert spec.model.config == str(tmp_path / "config.json")
     assert spec.data.train.source == str(tmp_path / "texts")

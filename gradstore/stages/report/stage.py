@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import NotReadyError, StorageError
+from pyarrow import compute
+
+from gradstore.errors import NotReadyError, SpecError, StorageError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.report.data import (
     UNWEIGHTED,
@@ -30,22 +32,28 @@ if TYPE_CHECKING:
 
 # A page of more queries is slow to open; the scores in the store hold them all.
 MAX_QUERIES = 100
-NOTES = (
-    "Positive scores are proponents: training on them would lower the query's loss, by the model's own gradients.",
+SIGN_NOTE = (
+    "Positive scores are proponents: training on them would lower the query's loss, by the model's own gradients."
+)
+PRECISION_NOTE = (
     "Label precision says whether proponents share the query's topic. Topic is not causal effect, and text search alone "
-    "finds topics well.",
+    "finds topics well."
+)
+TAIL_PATCH_NOTE = (
     "Tail-patch is causal but small: one optimizer step on a query's proponents, and the change of the query's "
-    "log-probability. Weights are better where it is higher, or where LDS is; topic precision decides nothing.",
+    "log-probability. Weights are better where it is higher, or where LDS is; topic precision decides nothing."
 )
 
 
-def report(store_url: str, output: Path | None) -> tuple[list[RenderableType], Path]:
+def report(store_url: str, output: Path | None, kernel: str | None = None) -> tuple[list[RenderableType], Path]:
     """Write the page of a store; return the tables for a terminal, and where the page is.
 
     Parameters
     ----------
     store_url
         The store.
+    kernel
+        The kernel whose rankings are shown; None for the only one.
     output
         The file to write; for a store in a directory ``report.html`` inside it, else ``<name>-report.html`` here.
 
@@ -57,7 +65,7 @@ def report(store_url: str, output: Path | None) -> tuple[list[RenderableType], P
         If the page cannot be written.
     """
     store = FeatureStore.open(store_url)
-    data = collect(store, status(store_url))
+    data = collect(store, status(store_url), kernel)
     if output is None:
         local = "://" not in store_url
         output = Path(store_url) / "report.html" if local else Path(f"{data.name}-report.html")
@@ -65,17 +73,31 @@ def report(store_url: str, output: Path | None) -> tuple[list[RenderableType], P
     return list(render_tables(data)), output
 
 
-def collect(store: FeatureStore, found: Mapping[str, Any]) -> ReportData:
+def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -> ReportData:
     """Read what a report shows from the store; ``found`` is its status."""
-    rankings = [row for row in found["scores"] if row["committed"] == row["total"]]
-    if not rankings:
+    finished = [row for row in found["scores"] if row["committed"] == row["total"]]
+    kernels = sorted({row["kernel"] for row in finished})
+    if not finished:
         raise NotReadyError(f"{store.storage.url}: there are no finished scores. Run `gradstore score` first.")
+    if kernel is None and len(kernels) > 1:
+        raise SpecError(
+            f"{store.storage.url}: has scores of the kernels {', '.join(kernels)}. Choose one with --kernel."
+        )
+    if kernel is not None and kernel not in kernels:
+        raise SpecError(f"--kernel: found {kernel!r}; {store.storage.url} has scores of: {', '.join(kernels)}.")
+    rankings = [row for row in finished if row["kernel"] == (kernel or kernels[0])]
     # Without weights first: it is what the others are compared with.
     rankings.sort(key=lambda row: (row["weights"] is not None, row["name"]))
     baselines = [row for row in found["baselines"] if row["committed"] == row["total"]]
     rows = [*rankings, *baselines]
     arrays = store.open_set("train").info.arrays
-    notes = list(NOTES)
+    precision = [
+        PrecisionRow(method=_title(row), precision=row["precision_at_10"], chance=row["chance"])
+        for row in rows
+        if row["precision_at_10"] is not None
+    ]
+    tail_patch = [_tail_patch(row) for row in rows if row["tail_patch"] is not None]
+    notes = [SIGN_NOTE, *([PRECISION_NOTE] if precision else []), *([TAIL_PATCH_NOTE] if tail_patch else [])]
     if store.open_set("eval").info.rows > MAX_QUERIES:
         notes.append(f"The page shows the first {MAX_QUERIES} queries; the store holds the scores of all.")
     return ReportData(
@@ -84,12 +106,8 @@ def collect(store: FeatureStore, found: Mapping[str, Any]) -> ReportData:
         groups=[Group(name=array.name, depth=array.depth, function=array.function) for array in arrays],
         weights=[_weights(store, row["weights"]) for row in rankings if row["weights"] is not None],
         queries=_queries(store, rankings),
-        precision=[
-            PrecisionRow(method=_title(row), precision=row["precision_at_10"], chance=row["chance"])
-            for row in rows
-            if row["precision_at_10"] is not None
-        ],
-        tail_patch=[_tail_patch(row) for row in rows if row["tail_patch"] is not None],
+        precision=precision,
+        tail_patch=tail_patch,
         notes=notes,
     )
 
@@ -158,38 +176,40 @@ def _feature_bytes(store: FeatureStore) -> int:
 
 
 def _queries(store: FeatureStore, rankings: Sequence[Mapping[str, Any]]) -> list[QueryReport]:
-    train, evaluated = _texts(store.open_set("train")), _texts(store.open_set("eval"))
-    shown = min(len(evaluated), MAX_QUERIES)
-    by_query: list[dict[str, list[RankedExample]]] = [{} for _ in range(shown)]
+    """The first queries, each with its ranked examples; nothing is held of the rows and queries that are not shown."""
+    evaluated = store.open_set("eval")
+    shown = range(min(evaluated.info.rows, MAX_QUERIES))
+    tables = {}
     for row in rankings:
-        name = row["weights"] or UNWEIGHTED
-        for ranked in ScoresArtifact.open(store.storage, row["name"]).read().to_pylist():
-            if ranked["query"] < shown:
-                example = RankedExample(
-                    side=ranked["side"],
-                    rank=ranked["rank"],
-                    score=ranked["score"],
-                    parts=ranked["parts"],
-                    **train[ranked["example"]],
-                )
-                by_query[ranked["query"]].setdefault(name, []).append(example)
+        table = ScoresArtifact.open(store.storage, row["name"]).read()
+        tables[row["weights"] or UNWEIGHTED] = table.filter(compute.less(table["query"], len(shown))).to_pylist()
+    texts = _texts(store.open_set("train"), {row["example"] for rows in tables.values() for row in rows})
+    by_query: list[dict[str, list[RankedExample]]] = [{name: [] for name in tables} for _ in shown]
+    for name, rows in tables.items():
+        for row in rows:
+            side, rank, score, parts = (row[key] for key in ("side", "rank", "score", "parts"))
+            ranked = RankedExample(side=side, rank=rank, score=score, parts=parts, **texts[row["example"]])
+            by_query[row["query"]][name].append(ranked)
+    queries = _texts(evaluated, set(shown))
     return [
         QueryReport(
-            query_id=evaluated[query]["example_id"],
-            label=evaluated[query]["label"],
-            text=evaluated[query]["text"],
+            query_id=queries[query]["example_id"],
+            label=queries[query]["label"],
+            text=queries[query]["text"],
             rankings=by_query[query],
         )
-        for query in range(shown)
+        for query in shown
     ]
 
 
-def _texts(feature_set: FeatureSet) -> list[dict[str, Any]]:
-    """Id, label and text of every example of a set, by row."""
-    rows: list[dict[str, Any]] = []
-    for block in range(feature_set.info.num_blocks):
-        rows += feature_set.read_inputs(block).select(["example_id", "label", "text"]).to_pylist()
-    return rows
+def _texts(feature_set: FeatureSet, rows: Collection[int]) -> dict[int, dict[str, Any]]:
+    """Id, label and text of some examples of a set, by row."""
+    found: dict[int, dict[str, Any]] = {}
+    for block in sorted({row // feature_set.info.block_rows for row in rows}):
+        start, _ = feature_set.info.block_range(block)
+        table = feature_set.read_inputs(block).select(["example_id", "label", "text"])
+        found |= {start + index: row for index, row in enumerate(table.to_pylist()) if start + index in rows}
+    return found
 
 
 def _write(path: Path, page: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,6 @@ from gradstore.store.features import FeatureSet, FeatureStore
 
 UNWEIGHTED = "unweighted"
 PRECISION_K = 10
-# Label precision is printed because it is cheap, with what it does not say.
-TOPIC_NOTE = (
-    "Label precision says whether proponents share the query's topic, not whether training on them would change the model; "
-    "the tail-patch measures that."
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +58,7 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     """
     store = FeatureStore.open(spec.run.store)
     contributions = open_contributions(store, spec.kernel.name, "eval")
+    _weights(store, spec.learn.name)
     methods = [
         Method(name=UNWEIGHTED, kernel=spec.kernel.name),
         Method(name=spec.learn.name, kernel=spec.kernel.name, weights=spec.learn.name),
@@ -70,13 +66,13 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         Method(name="random"),
     ]
     artifacts = {method: _create(spec, store, contributions, method) for method in methods}
-    if all(artifact.is_complete() for artifact in artifacts.values()):
+    artifacts = {method: artifact for method, artifact in artifacts.items() if not artifact.is_complete()}
+    if not artifacts:
         return
     train, queries = store.open_set("train"), store.open_set("eval")
     keep = min(max(spec.score.k, PRECISION_K), train.info.rows)
-    ranks = _rank_by_scores(store, contributions, methods, keep, progress) | _rank_by_baselines(
-        spec, train, queries, keep
-    )
+    ranks = _rank_by_scores(store, contributions, [*artifacts], keep, progress)
+    ranks |= _rank_by_baselines(spec, [*artifacts], train, queries, keep)
     patches = _patch(spec, engine, progress, ranks)
     for method, artifact in artifacts.items():
         found = ranks[method]
@@ -127,6 +123,8 @@ def _rank_by_scores(
             vectors[method] = np.asarray(_weights(store, method.weights).read()["weight"].to_numpy(), np.float64)
         elif method.kernel is not None:
             vectors[method] = np.full(len(shape.groups), 1 / len(shape.groups))
+    if not vectors:
+        return {}
     parts: dict[Method, list[Ranks]] = {method: [] for method in vectors}
     with progress.stage("score", shape.num_tiles * shape.rows, "rows") as advance:
         for first in range(0, shape.queries, shape.query_tile):
@@ -141,26 +139,20 @@ def _rank_tile(
     queries: tuple[int, int],
     vectors: Mapping[Method, np.ndarray],
     keep: int,
-    advance: Any,
+    advance: Callable[[int], None],
 ) -> dict[Method, Ranks]:
     shape = contributions.shape
     size, groups = queries[1] - queries[0], len(shape.groups)
-    rankings = {
-        (method, largest): Ranking(num_queries=size, num_groups=groups, k=keep, largest=largest)
-        for method in vectors
-        for largest in (True, False)
-    }
-    for block, c_QNM in enumerate(contributions.read_blocks(*queries)):
+    rankings = {method: Ranking(num_queries=size, num_groups=groups, k=keep) for method in vectors}
+    buffer = np.empty((size, shape.block_rows, groups), np.float32)
+    for block, c_QNM in enumerate(contributions.read_blocks(*queries, buffer)):
         start, stop = shape.block_range(block)
-        for (method, _), ranking in rankings.items():
+        for method, ranking in rankings.items():
             ranking.update(c_QNM, vectors[method], np.arange(start, stop))
         advance(stop - start)
     return {
-        method: Ranks(
-            proponents=rankings[method, True].result(),
-            opponents=rankings[method, False].result(),
-        )
-        for method in vectors
+        method: Ranks(proponents=ranking.proponents(), opponents=ranking.opponents())
+        for method, ranking in rankings.items()
     }
 
 
@@ -176,17 +168,21 @@ def _joined(tiles: Sequence[Ranks]) -> Ranks:
     return Ranks(proponents=join([tile.proponents for tile in tiles]), opponents=join(opponents))
 
 
-def _rank_by_baselines(spec: RunSpec, train: FeatureSet, queries: FeatureSet, keep: int) -> dict[Method, Ranks]:
-    num_queries = queries.info.rows
-    drawn = random_rows(num_queries=num_queries, num_rows=train.info.rows, k=keep, seed=spec.run.seed)
-    found = {
-        Method(name="bm25"): bm25(_texts(queries), _texts(train), keep),
-        Method(name="random"): (drawn, np.zeros(drawn.shape)),
-    }
-    return {
-        method: Ranks(proponents=Ranked(rows=rows, scores=scores, parts=np.empty((*rows.shape, 0), np.float32)))
-        for method, (rows, scores) in found.items()
-    }
+def _rank_by_baselines(
+    spec: RunSpec, methods: Sequence[Method], train: FeatureSet, queries: FeatureSet, keep: int
+) -> dict[Method, Ranks]:
+    found = {}
+    for method in methods:
+        if method.name == "bm25" and method.kernel is None:
+            rows, scores = bm25(_texts(queries), _texts(train), keep)
+        elif method.name == "random" and method.kernel is None:
+            rows = random_rows(num_queries=queries.info.rows, num_rows=train.info.rows, k=keep, seed=spec.run.seed)
+            scores = np.zeros(rows.shape)
+        else:
+            continue
+        parts = np.empty((*rows.shape, 0), np.float32)
+        found[method] = Ranks(proponents=Ranked(rows=rows, scores=scores, parts=parts))
+    return found
 
 
 def _patch(

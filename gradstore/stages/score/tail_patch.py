@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.cluster import Engine, Task
 from gradstore.spec import RunSpec
-from gradstore.stages.loading import load
+from gradstore.stages.loading import load_for
 from gradstore.stages.progress import Progress
 from gradstore.store.examples import Example, from_table
 from gradstore.store.features import FeatureSet, FeatureStore
@@ -48,8 +48,8 @@ def patch_query(
     from gradstore.numerics.metrics import tail_patch
 
     spec = RunSpec.model_validate(run)
-    loaded = load(spec.model_dump_json())
     store = FeatureStore.open(store_url)
+    loaded = load_for(store, spec)
     train, evaluated = store.open_set("train"), store.open_set("eval")
     (example,) = examples_at(evaluated, [query])
 

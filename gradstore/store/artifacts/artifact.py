@@ -9,22 +9,23 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.errors import NotReadyError, ObjectMissingError
+from gradstore.errors import NotReadyError
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import (
     Buffers,
     CommitLog,
     Record,
+    claim_document,
     in_parallel,
-    publish_exactly,
     publish_metadata,
     publish_object,
     read_chunk,
+    read_document,
     read_object,
 )
-from gradstore.store.codecs import Payload, decode_document, encode_document, plain
-from gradstore.store.contract import require_equal
-from gradstore.store.layout import ARTIFACT_FILE, FORMAT_VERSION, ArrayLayout, check_name, chunk_path, metadata_objects
+from gradstore.store.codecs import Payload, plain
+from gradstore.store.contract import require_equal, require_version
+from gradstore.store.layout import ARTIFACT_FILE, FORMAT_VERSION, ArrayLayout, check_name, chunk_path
 
 # Top folder of each kind of artifact, and how many names lead from there to the artifact.
 FOLDERS: Final = {
@@ -40,6 +41,14 @@ VERBS: Final = {
     "contributions": "contribute",
     "weights": "learn",
     "scores": "score",
+}
+# How a run gets its settings where an artifact of other settings is in the way; FOLDER stands for that artifact's.
+_WAYS_OUT: Final = {
+    "kernel": "delete FOLDER and run `gradstore kernel` again, or choose another run.store.",
+    "queries": "choose another kernel.name (and learn.name).",
+    "contributions": "choose another kernel.name (and learn.name).",
+    "weights": "choose another learn.name.",
+    "scores": "delete FOLDER: `gradstore score` makes it again in minutes.",
 }
 
 
@@ -97,8 +106,7 @@ class Artifact:
         self.storage = storage
         self.folder = folder
         self.info = info
-        self.log = CommitLog(storage, f"{folder}/commits")
-        self._records: dict[int, Record] = {}
+        self.log = _log(storage, self.kind, folder)
         self._buffers = Buffers()
 
     @property
@@ -115,43 +123,42 @@ class Artifact:
         return not self.missing_units()
 
     @classmethod
-    def _create(
-        cls,
-        storage: Storage,
-        names: tuple[str, ...],
-        info: ArtifactInfo,
-        *,
-        arrays: Mapping[str, ArrayLayout],
-        chunks: Mapping[str, Payload],
-    ) -> Self:
+    def _create(cls, storage: Storage, names: tuple[str, ...], info: ArtifactInfo) -> Self:
         """Create the artifact, or open the one that is there if its settings are equal.
 
-        The metadata of its arrays and the chunks that are known already, by their paths inside the artifact, are
-        published before artifact.json, which is last.
+        artifact.json comes first, so that all creators, at once or one after another's death, make what the first asked
+        for.
         """
         folder = _folder(cls.kind, names)
         info = ArtifactInfo(**plain(asdict(info)))
-        if _read_info(storage, folder) is None:
-            for path, payload in chunks.items():
-                publish_exactly(storage, f"{folder}/{path}", payload.parts)
-            metadata = metadata_objects({f"{folder}/{path}": layout for path, layout in arrays.items()})
-            publish_metadata(storage, folder, metadata)
-            document = {"format_version": FORMAT_VERSION, **asdict(info)}
-            storage.publish(f"{folder}/{ARTIFACT_FILE}", encode_document(document).parts)
+        claim_document(
+            storage,
+            f"{folder}/{ARTIFACT_FILE}",
+            {"format_version": FORMAT_VERSION, **asdict(info)},
+            remedy=_make_anew(storage, cls.kind, folder),
+        )
         existing = cls._open(storage, names)
-        remedy = "Restore these settings, or choose another name for the artifact in run.toml."
+        remedy = f"Restore these settings, or {_WAYS_OUT[cls.kind]}".replace("FOLDER", f"{storage.url}/{folder}")
         require_equal(f"The artifact {storage.url}/{folder}", existing.settings, info.settings, remedy=remedy)
         return existing
 
     @classmethod
     def _open(cls, storage: Storage, names: tuple[str, ...]) -> Self:
         folder = _folder(cls.kind, names)
-        info = _read_info(storage, folder)
+        info = _read_info(storage, cls.kind, folder)
         if info is None:
             raise NotReadyError(
                 f"{storage.url}/{folder}: there is no such artifact. Run `gradstore {VERBS[cls.kind]}` first."
             )
         return cls(storage, folder, info)
+
+    def _publish_arrays(self, arrays: Mapping[str, ArrayLayout], chunks: Mapping[str, Payload] | None = None) -> None:
+        """Publish metadata of arrays and chunks that are known already, by path, where there is none yet or no more."""
+        if not self.is_complete():
+            self.storage.sweep(self.folder)
+        for path, payload in (chunks or {}).items():
+            publish_object(self.storage, f"{self.folder}/{path}", payload)
+        publish_metadata(self.storage, {f"{self.folder}/{path}": layout for path, layout in arrays.items()})
 
     def _write_unit(self, unit: int, payloads: Mapping[str, Payload], facts: Mapping[str, Any]) -> Record:
         entries = in_parallel(
@@ -166,22 +173,25 @@ class Artifact:
         return last if last is not None and last.state == "committed" else None
 
     def _record(self, unit: int) -> Record:
-        """Record of a committed unit; read once, because every read of the unit needs it."""
-        if unit not in self._records:
-            what = f"{self.storage.url}/{self.folder}: part {unit} of {self.info.num_units} is not committed. Run "
-            self._records[unit] = self.log.require(
-                unit, f"{what}`gradstore {VERBS[self.kind]}`: it goes on from there."
-            )
-        return self._records[unit]
+        what = f"{self.storage.url}/{self.folder}: part {unit} of {self.info.num_units} is not committed. Run "
+        return self.log.require(unit, f"{what}`gradstore {VERBS[self.kind]}`: it goes on from there.")
 
     def _read_object(self, path: str) -> bytes:
-        return read_object(self.storage, f"{self.folder}/{path}", self._record(0).objects[path])
+        record = self._record(0)
+        remedy = self.log.remedy(record)
+        return read_object(self.storage, f"{self.folder}/{path}", record.objects[path], remedy=remedy)
 
     def _read_chunk(self, unit: int, array: str, layout: ArrayLayout) -> npt.NDArray[Any]:
         """Values of the only chunk of an array, in memory of their own."""
         path = chunk_path(array, *(0 for _ in layout.shape))
         buffer = np.empty(layout.chunk_bytes, np.uint8)
-        return read_chunk(self.storage, f"{self.folder}/{path}", self._record(unit).objects[path], layout, buffer)
+        return self._read_into(self._record(unit), path, layout, buffer)
+
+    def _read_into(
+        self, record: Record, path: str, layout: ArrayLayout, buffer: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[Any]:
+        place, remedy = f"{self.folder}/{path}", self.log.remedy(record)
+        return read_chunk(self.storage, place, record.objects[path], layout, buffer, remedy=remedy)
 
 
 def list_artifacts(storage: Storage) -> list[ArtifactStatus]:
@@ -189,9 +199,9 @@ def list_artifacts(storage: Storage) -> list[ArtifactStatus]:
     found = []
     for kind, (top, depth) in FOLDERS.items():
         for name in _names_below(storage, top, depth):
-            info = _read_info(storage, f"{top}/{name}")
+            info = _read_info(storage, kind, f"{top}/{name}")
             if info is not None:
-                committed = CommitLog(storage, f"{top}/{name}/commits").committed_units()
+                committed = _log(storage, kind, f"{top}/{name}").committed_units()
                 found.append(
                     ArtifactStatus(
                         kind=kind, name=name, committed=len(committed), total=info.num_units, settings=info.settings
@@ -213,10 +223,17 @@ def _folder(kind: str, names: tuple[str, ...]) -> str:
     return "/".join((top, *(check_name(f"name of {kind}", name) for name in names)))
 
 
-def _read_info(storage: Storage, folder: str) -> ArtifactInfo | None:
-    path = f"{folder}/{ARTIFACT_FILE}"
-    try:
-        document = decode_document(storage.read(path), f"{storage.url}/{path}")
-    except ObjectMissingError:
+def _log(storage: Storage, kind: str, folder: str) -> CommitLog:
+    return CommitLog(storage, f"{folder}/commits", VERBS[kind])
+
+
+def _make_anew(storage: Storage, kind: str, folder: str) -> str:
+    return f"Delete the folder {storage.url}/{folder}, then run `gradstore {VERBS[kind]}` again: it makes it anew."
+
+
+def _read_info(storage: Storage, kind: str, folder: str) -> ArtifactInfo | None:
+    document = read_document(storage, f"{folder}/{ARTIFACT_FILE}", remedy=_make_anew(storage, kind, folder))
+    if document is None:
         return None
+    require_version(f"The artifact {storage.url}/{folder}", document)
     return ArtifactInfo(**{name: document[name] for name in ("kind", "num_units", "settings", "recorded")})

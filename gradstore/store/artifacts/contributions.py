@@ -13,9 +13,9 @@ import numpy.typing as npt
 from gradstore.errors import DataError
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import Record, in_parallel, read_chunk
+from gradstore.store.blocks import Record, in_parallel
 from gradstore.store.codecs import Payload, Rounding, encode_chunk, from_half, to_half
-from gradstore.store.layout import ArrayLayout, chunk_path
+from gradstore.store.layout import ArrayLayout, RowBlocks, chunk_path
 
 # In a folder of their own, which then holds nothing but arrays: xarray opens it without a warning.
 _ARRAY = "values/c"
@@ -23,7 +23,7 @@ _SCALE = "values/scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContributionShape:
+class ContributionShape(RowBlocks):
     """Shape and division of C.
 
     Attributes
@@ -39,26 +39,14 @@ class ContributionShape:
     """
 
     queries: int
-    rows: int
     groups: tuple[str, ...]
-    block_rows: int
     query_tile: int
     dtype: Literal["float32", "float16"] = "float32"
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return -(-self.rows // self.block_rows)
 
     @property
     def num_tiles(self) -> int:
         """Number of query tiles."""
         return -(-self.queries // self.query_tile)
-
-    def block_range(self, block: int) -> tuple[int, int]:
-        """Rows [start, stop) of a block."""
-        start = block * self.block_rows
-        return start, min(start + self.block_rows, self.rows)
 
     def layout(self) -> ArrayLayout:
         """Layout of the array ``c``: chunks of a query tile, a block, and all groups."""
@@ -126,11 +114,14 @@ class ContributionArtifact(Artifact):
                 "scales": scales.tolist(),
             },
         )
-        arrays, chunks = {_ARRAY: shape.layout()}, {}
-        if shape.dtype == "float16":
-            arrays[_SCALE] = _scale_layout(shape.queries)
-            chunks[chunk_path(_SCALE, 0)] = encode_chunk(scales, arrays[_SCALE])
-        return cls._create(storage, (kernel, feature_set), info, arrays=arrays, chunks=chunks)
+        made = cls._create(storage, (kernel, feature_set), info)
+        # Of what is there, which the first of several creators divided and scaled.
+        arrays, chunks = {_ARRAY: made.shape.layout()}, {}
+        if made.shape.dtype == "float16":
+            arrays[_SCALE] = _scale_layout(made.shape.queries)
+            chunks[chunk_path(_SCALE, 0)] = encode_chunk(made.scales, arrays[_SCALE])
+        made._publish_arrays(arrays, chunks)
+        return made
 
     @classmethod
     def open(cls, storage: Storage, kernel: str, feature_set: str) -> ContributionArtifact:
@@ -231,7 +222,7 @@ class ContributionArtifact(Artifact):
         begin = max(first, query_start)
         end = min(first + self.shape.query_tile, query_start + len(out), self.shape.queries)
         with self._buffers.borrow(layout.chunk_bytes) as buffer:
-            stored = read_chunk(self.storage, f"{self.folder}/{path}", record.objects[path], layout, buffer)
+            stored = self._read_into(record, path, layout, buffer)
             for query in range(begin, end):
                 source, target = stored[query - first, : out.shape[1]], out[query - query_start]
                 if self.shape.dtype == "float32":

@@ -65,7 +65,9 @@ class KernelArtifact(Artifact):
             values, vectors = _layouts(group, width)
             arrays[group_array("eigenvalues", group)] = values
             arrays[group_array("eigenvectors", group)] = vectors
-        return cls._create(storage, (name,), info, arrays=arrays, chunks={})
+        made = cls._create(storage, (name,), info)
+        made._publish_arrays(arrays)
+        return made
 
     @classmethod
     def open(cls, storage: Storage, name: str) -> KernelArtifact:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -57,7 +57,9 @@ class QueryArtifact(Artifact):
             settings={**settings, "queries": queries, "widths": dict(widths)},
         )
         arrays = {group_array(_ARRAYS, group): _layout(group, queries, width) for group, width in widths.items()}
-        return cls._create(storage, (kernel, feature_set), info, arrays=arrays, chunks={})
+        made = cls._create(storage, (kernel, feature_set), info)
+        made._publish_arrays(arrays)
+        return made
 
     @classmethod
     def open(cls, storage: Storage, kernel: str, feature_set: str) -> QueryArtifact:
@@ -86,11 +88,11 @@ class QueryArtifact(Artifact):
         """Features of a group, float32 [queries, k_j]; NotReadyError if the artifact is not committed."""
         return self._read_chunk(0, group_array(_ARRAYS, group), self._layout(group))
 
-    def read_all(self, groups: Sequence[str] | None = None) -> dict[str, npt.NDArray[np.float32]]:
-        """Features of some groups, by default of all; NotReadyError if the artifact is not committed."""
-        wanted = list(self.widths) if groups is None else list(groups)
+    def read_all(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Features of all groups; NotReadyError if the artifact is not committed."""
         self._record(0)
-        return dict(zip(wanted, in_parallel(self.read, wanted, threads=self.storage.concurrency), strict=True))
+        features = in_parallel(self.read, self.widths, threads=self.storage.concurrency)
+        return dict(zip(self.widths, features, strict=True))
 
     def _layout(self, group: str) -> ArrayLayout:
         return _layout(group, self.settings["queries"], self.settings["widths"][group])

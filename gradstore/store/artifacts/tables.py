@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyarrow as pa
 
@@ -18,13 +18,11 @@ _PROPONENTS = "proponents.parquet"
 _SUMMARY = "summary.json"
 
 
-class WeightsArtifact(Artifact):
-    """Learned weights w[j] and how they were reached, at ``weights/<name>``; one unit is the whole."""
-
-    kind: ClassVar[str] = "weights"
+class _TablesArtifact(Artifact):
+    """An artifact of one unit, under one name, without arrays."""
 
     @classmethod
-    def create(cls, storage: Storage, name: str, *, settings: Mapping[str, Any]) -> WeightsArtifact:
+    def create(cls, storage: Storage, name: str, *, settings: Mapping[str, Any]) -> Self:
         """Create the artifact, or open the one that is there if its settings are equal.
 
         Raises
@@ -32,14 +30,18 @@ class WeightsArtifact(Artifact):
         ContractError
             If an artifact of that name is there with other settings.
         """
-        return cls._create(
-            storage, (name,), ArtifactInfo(kind=cls.kind, num_units=1, settings=settings), arrays={}, chunks={}
-        )
+        return cls._create(storage, (name,), ArtifactInfo(kind=cls.kind, num_units=1, settings=settings))
 
     @classmethod
-    def open(cls, storage: Storage, name: str) -> WeightsArtifact:
+    def open(cls, storage: Storage, name: str) -> Self:
         """Open the artifact; NotReadyError if there is none of that name."""
         return cls._open(storage, (name,))
+
+
+class WeightsArtifact(_TablesArtifact):
+    """Learned weights w[j] and how they were reached, at ``weights/<name>``; one unit is the whole."""
+
+    kind: ClassVar[str] = "weights"
 
     def write(self, weights: pa.Table, trajectory: pa.Table, *, facts: Mapping[str, Any]) -> Record:
         """Write and commit the artifact.
@@ -49,7 +51,7 @@ class WeightsArtifact(Artifact):
         weights
             One row for each group, in their order: group, depth, function, weight.
         trajectory
-            One row for each step: step, epoch, query, loss, weights.
+            One row for each step: step, epoch, query, loss, and weights, which are null but where an epoch ends.
         facts
             What to keep in the record: seconds, versions.
         """
@@ -65,28 +67,10 @@ class WeightsArtifact(Artifact):
         return decode_table(self._read_object(_TRAJECTORY))
 
 
-class ScoresArtifact(Artifact):
+class ScoresArtifact(_TablesArtifact):
     """Proponents and opponents of every query, and what they amount to, at ``scores/<name>``; one unit is the whole."""
 
     kind: ClassVar[str] = "scores"
-
-    @classmethod
-    def create(cls, storage: Storage, name: str, *, settings: Mapping[str, Any]) -> ScoresArtifact:
-        """Create the artifact, or open the one that is there if its settings are equal.
-
-        Raises
-        ------
-        ContractError
-            If an artifact of that name is there with other settings.
-        """
-        return cls._create(
-            storage, (name,), ArtifactInfo(kind=cls.kind, num_units=1, settings=settings), arrays={}, chunks={}
-        )
-
-    @classmethod
-    def open(cls, storage: Storage, name: str) -> ScoresArtifact:
-        """Open the artifact; NotReadyError if there is none of that name."""
-        return cls._open(storage, (name,))
 
     def write(self, proponents: pa.Table, summary: Mapping[str, Any], *, facts: Mapping[str, Any]) -> Record:
         """Write and commit the artifact.
@@ -109,4 +93,5 @@ class ScoresArtifact(Artifact):
 
     def read_summary(self) -> dict[str, Any]:
         """Return the summary; NotReadyError if it is not committed."""
-        return decode_document(self._read_object(_SUMMARY), f"{self.storage.url}/{self.folder}/{_SUMMARY}")
+        where, remedy = f"{self.storage.url}/{self.folder}/{_SUMMARY}", self.log.remedy(self._record(0))
+        return decode_document(self._read_object(_SUMMARY), where, remedy)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,6 +15,8 @@ from gradstore.store.backend.protocol import ObjectInfo, Part
 
 # A writer that dies leaves its temporary file behind; no listing shows it, and no reader opens it.
 TEMPORARY = ".gradstore-"
+# No living writer takes that long for one object.
+_ABANDONED_SECONDS = 3600
 
 _REMEDIES = {
     errno.EACCES: "Give this user access to the directory, or choose another run.store.",
@@ -91,6 +94,14 @@ class DirectoryStorage:
                 target.unlink(missing_ok=True)
                 _sync_folder(target.parent)
 
+    def sweep(self, folder: str) -> None:
+        """See `Storage.sweep`."""
+        with self._explained(folder):
+            for parent, _, names in os.walk(self._root / folder):
+                for name in names:
+                    if name.startswith(TEMPORARY):
+                        _remove_abandoned(Path(parent, name))
+
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
         try:
@@ -116,6 +127,12 @@ def _write_and_link(target: Path, parts: Sequence[Part]) -> bool:
         return True
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    with suppress(FileNotFoundError):
+        if temporary.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+            temporary.unlink()
 
 
 def _make_folder(folder: Path) -> None:

@@ -63,6 +63,9 @@ class MemoryStorage:
         """See `Storage.delete`."""
         self._objects.pop(path, None)
 
+    def sweep(self, folder: str) -> None:
+        """See `Storage.sweep`; a writer that dies leaves nothing here."""
+
 
 @cache
 def _objects(name: str) -> tuple[dict[str, bytes], Lock]:

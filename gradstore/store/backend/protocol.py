@@ -57,3 +57,6 @@ class Storage(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove an object; it may be missing."""
+
+    def sweep(self, folder: str) -> None:
+        """Remove, in a folder and below it, what is no object but was left by writers that died an hour ago or earlier."""

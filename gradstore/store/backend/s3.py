@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from gradstore.errors import IntegrityError, ObjectMissingError, StorageError
 from gradstore.store.backend.protocol import ObjectInfo, Part
@@ -29,12 +30,37 @@ _REMEDIES = {
     "Forbidden": "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they may do on the prefix.",
     "NoCredentials": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
 }
+# Those that obstore reads, in the order in which they count.
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+
 _DEFAULT_REMEDY = "Check that AWS_ENDPOINT_URL is right and reachable, then run the same command again."
 
 
 def s3_error(where: str, code: str, reason: str) -> StorageError:
     """Make the error for an S3 error code: what was found, and what to change."""
     return StorageError(f"{where}: {code}: {reason.rstrip('.')}. {_REMEDIES.get(code, _DEFAULT_REMEDY)}")
+
+
+def endpoint() -> str:
+    """Return the URL of the S3 server that the environment names; ``""`` for Amazon's own.
+
+    Raises
+    ------
+    StorageError
+        If one is set that is no URL of a server; obstore would panic.
+    """
+    found = {name: os.environ[name] for name in _ENDPOINTS if name in os.environ}
+    for name, value in found.items():
+        try:
+            url = urlsplit(value)
+            usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise StorageError(
+                f"{name}: found {value!r}; accepted: http://HOST or https://HOST, with or without a port."
+            )
+    return next(iter(found.values()), "")
 
 
 class S3Storage:
@@ -110,6 +136,9 @@ class S3Storage:
             except FileNotFoundError:
                 return
 
+    def sweep(self, folder: str) -> None:
+        """See `Storage.sweep`; a writer that dies leaves nothing here."""
+
     def _client(self) -> S3Store:
         if _first_user() != os.getpid():
             raise StorageError(
@@ -119,11 +148,10 @@ class S3Storage:
         if self._opened is None:
             from obstore.store import S3Store
 
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
             self._opened = S3Store(
                 self._bucket,
                 prefix=self._prefix or None,
-                client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(minutes=2)},
+                client_options={"allow_http": endpoint().startswith("http://"), "timeout": timedelta(minutes=2)},
                 retry_config={"max_retries": 8, "retry_timeout": timedelta(minutes=3)},
             )
         return self._opened

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradstore.errors import IntegrityError, ObjectMissingError, StorageError
 from gradstore.store.backend.protocol import ObjectInfo, Part
-from gradstore.store.backend.s3 import CONCURRENCY, s3_error
+from gradstore.store.backend.s3 import CONCURRENCY, endpoint, s3_error
 
 # What S3 answers to a conditional put that lost; the second, when the winner was still writing.
 _LOST = ("PreconditionFailed", "ConditionalRequestConflict")
@@ -82,6 +82,9 @@ class S3fsStorage:
         with self._explained(path) as client:
             client.rm_file(self._key(path))
 
+    def sweep(self, folder: str) -> None:
+        """See `Storage.sweep`; a writer that dies leaves nothing here."""
+
     def _key(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
 
@@ -90,12 +93,11 @@ class S3fsStorage:
             import s3fs
 
             # Listings must be fresh, and an endpoint of one's own seldom serves bucket names as host names.
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             client = s3fs.S3FileSystem(
                 use_listings_cache=False,
                 skip_instance_cache=True,
                 client_kwargs={"region_name": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")},
-                config_kwargs={"s3": {"addressing_style": "path" if endpoint else "auto"}},
+                config_kwargs={"s3": {"addressing_style": "path" if endpoint() else "auto"}},
             )
             self._opened = os.getpid(), client
         return self._opened[1]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gradstore.errors import DataError, NotReadyError
+from gradstore.errors import DataError, IntegrityError, NotReadyError, ObjectMissingError
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import (
     Buffers,
@@ -38,13 +38,15 @@ class _Written:
 class FeatureSet:
     """A feature set of a store; `FeatureStore.create_set` and `FeatureStore.open_set` make it.
 
-    Reading and writing are safe from several threads and, but for the buffers, from any number of processes.
+    Reading and writing are safe from several threads and, but for the buffers, from any number of processes. Of every block
+    one generation is read throughout: that of the snapshot, or else of the first read. Another generation, which a repair
+    or an erasure makes, is seen by a set that is opened anew.
     """
 
     def __init__(self, storage: Storage, info: SetInfo, inputs: Mapping[str, ObjectEntry]) -> None:
         self.storage = storage
         self.info = info
-        self.log = CommitLog(storage, f"{info.folder}/blocks")
+        self.log = CommitLog(storage, f"{info.folder}/blocks", "featurize")
         self._inputs = inputs
         self._buffers = Buffers()
         self._arrays = {array.name: array for array in info.arrays}
@@ -53,16 +55,16 @@ class FeatureSet:
         """Blocks that are not committed, in order."""
         return self.log.missing(self.info.num_blocks)
 
-    def snapshot(self, *, complete: bool = True) -> Snapshot:
-        """Return the blocks committed now.
+    def snapshot(self) -> Snapshot:
+        """Return the blocks and the generations that this opened set reads from now on.
 
         Raises
         ------
         NotReadyError
-            If ``complete`` and a block is not committed.
+            If a block is not committed.
         """
-        units = self.log.committed_units()
-        if complete and len(units) < self.info.num_blocks:
+        units = self.log.pin()
+        if len(units) < self.info.num_blocks:
             raise NotReadyError(
                 f"{self._where}: {len(units)} of {self.info.num_blocks} blocks are committed. Run `gradstore featurize` "
                 "again: it computes the missing ones."
@@ -74,11 +76,23 @@ class FeatureSet:
 
         Raises
         ------
-        IntegrityError
-            If it is not what the creator wrote.
+        ObjectMissingError, IntegrityError
+            If it is not there, or not what the creator wrote.
         """
-        path = part_path("inputs", block)
-        return decode_table(read_object(self.storage, f"{self.info.folder}/{path}", self._inputs[path]))
+        return decode_table(self._read_input(part_path("inputs", block)))
+
+    def damaged_inputs(self) -> list[str]:
+        """Paths in the store of the input tables that are missing or not what the creator wrote; all are read."""
+
+        def is_damaged(path: str) -> bool:
+            try:
+                self._read_input(path)
+            except (ObjectMissingError, IntegrityError):
+                return True
+            return False
+
+        damaged = in_parallel(is_damaged, self._inputs, threads=self.storage.concurrency)
+        return [f"{self.info.folder}/{path}" for path, found in zip(self._inputs, damaged, strict=True) if found]
 
     def write_block(
         self,
@@ -100,7 +114,7 @@ class FeatureSet:
         examples
             The example table of the block's rows.
         statistics
-            Covariances and counts of the block, one row for each group.
+            Number of rows and sum of squares over the block, one row for each group.
         facts
             What to keep in the record beside ``rows``, ``nan_rows`` (rows in which a feature is not finite),
             ``saturated`` and ``flushed`` (values that float16 could not hold, and that it made zero), and
@@ -190,6 +204,10 @@ class FeatureSet:
     def _where(self) -> str:
         return f"{self.storage.url}/{self.info.folder}"
 
+    def _read_input(self, path: str) -> bytes:
+        place, remedy = f"{self.info.folder}/{path}", "Run `gradstore featurize` again: it restores it."
+        return read_object(self.storage, place, self._inputs[path], remedy=remedy)
+
     def _record(self, block: int) -> Record:
         what = (
             f"{self._where}: block {block} is not committed. Run `gradstore featurize`: it computes the missing blocks."
@@ -242,7 +260,8 @@ class FeatureSet:
         layout = self.info.array_layout(array)
         path = chunk_path(self.info.array_path(array.name), record.unit, 0)
         with self._buffers.borrow(layout.chunk_bytes) as buffer:
-            stored = read_chunk(self.storage, f"{self.info.folder}/{path}", record.objects[path], layout, buffer)
+            place, remedy = f"{self.info.folder}/{path}", self.log.remedy(record)
+            stored = read_chunk(self.storage, place, record.objects[path], layout, buffer, remedy=remedy)
             if self.info.dtype == "float16":
                 from_half(stored[: len(out)], array.scale, out)
             else:
@@ -251,7 +270,8 @@ class FeatureSet:
     def _read_parts(self, part: str, decode: Callable[[bytes], pa.Table]) -> pa.Table:
         def read(record: Record) -> pa.Table:
             path = part_path(part, record.unit)
-            return decode(read_object(self.storage, f"{self.info.folder}/{path}", record.objects[path]))
+            place, remedy = f"{self.info.folder}/{path}", self.log.remedy(record)
+            return decode(read_object(self.storage, place, record.objects[path], remedy=remedy))
 
         records = self.log.committed().values()
         tables = in_parallel(read, records, threads=self.storage.concurrency)

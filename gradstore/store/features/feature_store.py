@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
 
-from gradstore.errors import ContractError, DataError, NotReadyError, ObjectMissingError
+from gradstore.errors import DataError, NotReadyError
 from gradstore.store.backend import Storage, open_storage
-from gradstore.store.blocks import ObjectEntry, publish_exactly, publish_metadata
-from gradstore.store.codecs import decode_document, encode_document, encode_table, plain
-from gradstore.store.contract import require_equal
+from gradstore.store.blocks import (
+    ObjectEntry,
+    claim_document,
+    publish_metadata,
+    publish_object,
+    read_document,
+)
+from gradstore.store.codecs import encode_document, encode_table, plain
+from gradstore.store.contract import require_equal, require_version
 from gradstore.store.features.feature_set import FeatureSet
-from gradstore.store.features.info import SetInfo
+from gradstore.store.features.info import RESTORE, SetInfo
 from gradstore.store.layout import (
+    CLAIM_FILE,
     FORMAT_VERSION,
-    METADATA_FILE,
     SET_FILE,
     STORE_FILE,
     check_name,
-    metadata_objects,
     part_path,
     set_folder,
 )
 
+_RESTORE_STORE = "Restore it from a copy, or choose another run.store."
 _RECORDED_PACKAGES = ("gradstore", "numpy", "pyarrow", "zarr")
 
 
@@ -61,13 +67,11 @@ class FeatureStore:
         """
         storage = open_storage(url) if isinstance(url, str) else url
         versions = {name: version(name) for name in _RECORDED_PACKAGES} | {"python": platform.python_version()}
-        document = plain({"format_version": FORMAT_VERSION, "contract": contract, "run": run, "versions": versions})
-        existing = _read_document(storage, STORE_FILE)
-        if existing is None:
-            storage.publish(STORE_FILE, encode_document(document).parts)
+        document = {"format_version": FORMAT_VERSION, "contract": contract, "run": run, "versions": versions}
+        claim_document(storage, STORE_FILE, document, remedy=_RESTORE_STORE)
         store = cls.open(storage)
         remedy = "Restore these settings, or choose another run.store."
-        require_equal(f"The store {storage.url}", store.contract, document["contract"], remedy=remedy)
+        require_equal(f"The store {storage.url}", store.contract, plain(contract), remedy=remedy)
         return store
 
     @classmethod
@@ -82,24 +86,19 @@ class FeatureStore:
             If a newer gradstore made it, in a format that this one does not know.
         """
         storage = open_storage(url) if isinstance(url, str) else url
-        document = _read_document(storage, STORE_FILE)
+        document = read_document(storage, STORE_FILE, remedy=_RESTORE_STORE)
         if document is None:
             raise NotReadyError(
                 f"{storage.url}: no store is there ({STORE_FILE} is missing). Run `gradstore featurize` first, or "
                 "correct run.store."
             )
-        found = document.get("format_version")
-        if found != FORMAT_VERSION:
-            raise ContractError(
-                f"{storage.url}: the store has format version {found}; this gradstore reads version {FORMAT_VERSION}. "
-                "Use the gradstore that made it, or a newer one."
-            )
+        require_version(f"The store {storage.url}", document)
         return cls(storage, document)
 
     def set_names(self) -> list[str]:
         """Names of the feature sets, in order."""
         names = self.storage.list_folders("features")
-        return [name for name in names if _read_document(self.storage, f"{set_folder(name)}/{SET_FILE}") is not None]
+        return [name for name in names if self._read_set(name) is not None]
 
     def open_set(self, name: str) -> FeatureSet:
         """Open a feature set.
@@ -120,79 +119,105 @@ class FeatureStore:
     def create_set(self, info: SetInfo, inputs: Iterable[pa.Table]) -> FeatureSet:
         """Create a feature set, or open the one that is there if it is of the same examples and groups.
 
-        One process creates a set, before any worker writes a block of it; if it dies, creating again goes on.
+        One process creates a set, before any worker writes a block of it; if it dies, creating again goes on. Whoever
+        creates publishes claim.json first, or takes on the one that is there: so of creators at once, or one after another's
+        death, all write the same objects.
 
         Parameters
         ----------
         info
-            The set. Of one that is there, its own block_rows, dtype, scales and record of how it was made count.
+            The set. Of one that is there or claimed, its own block_rows, dtype, scales and record of how it was made count.
         inputs
-            For each block, in order, the table of what enters the model. Not read if the set is there.
+            What enters the model: tables of consecutive rows, which are cut at the set's blocks. Not read if the set is
+            there and those that it holds are sound; what is missing or damaged of them is written anew.
 
         Raises
         ------
         ContractError
-            If a set of that name is there and differs in its rows, data hash or arrays: one line for each field.
+            If a set of that name is there or claimed and differs in its rows, data hash or arrays: one line for each field.
         DataError
-            If there are not as many tables as blocks, or a table has not as many rows as its block.
+            If the tables have not as many rows as the set.
         """
+        where = f"The feature set {self.storage.url}/{info.folder}"
         existing = self._find_set(info.name)
         if existing is None:
-            entries = self._publish_inputs(info, inputs)
-            metadata = metadata_objects(
-                {f"{info.folder}/{info.array_path(array.name)}": info.array_layout(array) for array in info.arrays}
+            folder = f"{self.storage.url}/{info.folder}"
+            claim = claim_document(
+                self.storage,
+                f"{info.folder}/{CLAIM_FILE}",
+                {"info": info.to_json()},
+                remedy=f"Delete the folder {folder}, then run `gradstore featurize` again: it makes the set anew.",
             )
-            publish_metadata(self.storage, info.folder, metadata)
-            self._remove_leftovers(info, {f"{info.folder}/{path}" for path in entries} | set(metadata))
-            inputs_entries = {path: asdict(entry) for path, entry in entries.items()}
-            document = {"info": info.to_json(), "inputs": inputs_entries}
-            # Last: a set without this document was not finished, and nobody reads it.
-            self.storage.publish(f"{info.folder}/{SET_FILE}", encode_document(document).parts)
+            claimed = SetInfo.from_json(claim["info"])
+            remedy = (
+                f"{RESTORE} The set's creation was not finished: if no other run is at it, delete the folder {folder}, "
+                "then run the same command again."
+            )
+            claimed.require_same(info, where, remedy=remedy)
+            self._publish_set(claimed, inputs)
             existing = self.open_set(info.name)
-        existing.info.require_same(info, f"The feature set {self.storage.url}/{info.folder}")
+            existing.info.require_same(info, where)
+        else:
+            existing.info.require_same(info, where)
+            existing = self._restore_set(existing, inputs)
+        if existing.missing_blocks():
+            self.storage.sweep(info.folder)
         return existing
 
     def _find_set(self, name: str) -> FeatureSet | None:
-        document = _read_document(self.storage, f"{set_folder(check_name('feature set', name))}/{SET_FILE}")
+        document = self._read_set(check_name("feature set", name))
         if document is None:
             return None
         inputs = {path: ObjectEntry(**entry) for path, entry in document["inputs"].items()}
         return FeatureSet(self.storage, SetInfo.from_json(document["info"]), inputs)
 
-    def _publish_inputs(self, info: SetInfo, inputs: Iterable[pa.Table]) -> dict[str, ObjectEntry]:
-        entries: dict[str, ObjectEntry] = {}
-        for block, table in zip_longest(range(info.num_blocks), inputs):
-            if block is None or table is None:
-                given = f"more than {info.num_blocks}" if block is None else f"only {block}"
-                raise DataError(
-                    f"feature set {info.name}: has {info.num_blocks} blocks; {given} input tables were given."
-                )
-            start, stop = info.block_range(block)
-            if table.num_rows != stop - start:
-                raise DataError(
-                    f"feature set {info.name}: block {block} has {stop - start} rows; its input table has {table.num_rows}."
-                )
-            payload = encode_table(table)
+    def _read_set(self, name: str) -> dict[str, Any] | None:
+        # The claim holds all that the document does but for the entries of the inputs, which its creator publishes again.
+        remedy = "Delete it, then run `gradstore featurize` again: it makes it anew and keeps the blocks."
+        return read_document(self.storage, f"{set_folder(name)}/{SET_FILE}", remedy=remedy)
+
+    def _restore_set(self, existing: FeatureSet, inputs: Iterable[pa.Table]) -> FeatureSet:
+        """Publish what is missing of a set's metadata, and its inputs where one is missing or damaged."""
+        info = existing.info
+        damaged = existing.damaged_inputs()
+        if not damaged:
+            self._publish_metadata(info)
+            return existing
+        # Another version of pyarrow writes other bytes, so set.json, which names them, is written anew with them; a
+        # creation that dies between is finished from the claim like any other.
+        remedy = "Delete it, then run `gradstore featurize` again: it makes it anew."
+        claim_document(self.storage, f"{info.folder}/{CLAIM_FILE}", {"info": info.to_json()}, remedy=remedy)
+        for path in (f"{info.folder}/{SET_FILE}", *damaged):
+            self.storage.delete(path)
+        self._publish_set(info, inputs)
+        return self.open_set(info.name)
+
+    def _publish_metadata(self, info: SetInfo) -> None:
+        arrays = {f"{info.folder}/{info.array_path(array.name)}": info.array_layout(array) for array in info.arrays}
+        publish_metadata(self.storage, arrays)
+
+    def _publish_set(self, info: SetInfo, inputs: Iterable[pa.Table]) -> None:
+        """Publish all that its creator makes of a set, keeping what another creator published under the same claim."""
+        entries = {}
+        for block, table in enumerate(_cut_at_blocks(info, inputs)):
             path = part_path("inputs", block)
-            publish_exactly(self.storage, f"{info.folder}/{path}", payload.parts)
-            entries[path] = ObjectEntry(bytes=payload.bytes, crc32c=payload.crc32c)
-        return entries
-
-    def _remove_leftovers(self, info: SetInfo, expected: set[str]) -> None:
-        """Remove inputs and metadata of a creation with other settings that was not finished.
-
-        Only these: where two creators of equal settings race, workers of the faster one may be writing blocks.
-        """
-        for found in list(self.storage.list_objects(info.folder)):
-            made_by_creators = found.path.endswith(f"/{METADATA_FILE}") or found.path.startswith(
-                f"{info.folder}/inputs/"
-            )
-            if made_by_creators and found.path not in expected:
-                self.storage.delete(found.path)
+            # A sound one of another creator is kept: the data hash, which the claim holds, says that it is the same.
+            entries[path] = asdict(publish_object(self.storage, f"{info.folder}/{path}", encode_table(table)))
+        self._publish_metadata(info)
+        document = {"info": info.to_json(), "inputs": entries}
+        # Last: a set without this document was not finished, and nobody reads it.
+        self.storage.publish(f"{info.folder}/{SET_FILE}", encode_document(document).parts)
 
 
-def _read_document(storage: Storage, path: str) -> dict[str, Any] | None:
-    try:
-        return decode_document(storage.read(path), f"{storage.url}/{path}")
-    except ObjectMissingError:
-        return None
+def _cut_at_blocks(info: SetInfo, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Cut tables of consecutive rows at the blocks of a set, of which the claim, not the giver of the tables, decides."""
+    rows = deque(stop - start for start, stop in map(info.block_range, range(info.num_blocks)))
+    left, given = None, 0
+    for table in tables:
+        given += table.num_rows
+        left = table if left is None else pa.concat_tables([left, table])
+        while rows and left.num_rows >= rows[0]:
+            yield left.slice(0, rows[0]).combine_chunks()
+            left = left.slice(rows.popleft())
+    if given != info.rows:
+        raise DataError(f"feature set {info.name}: has {info.rows} rows; its input tables have {given}.")

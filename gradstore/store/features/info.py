@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from gradstore.errors import SpecError
 from gradstore.store.codecs import plain
 from gradstore.store.contract import require_equal
-from gradstore.store.layout import LONE_MEMBER, ArrayLayout, check_name, group_array, set_folder
+from gradstore.store.layout import LONE_MEMBER, ArrayLayout, RowBlocks, check_name, group_array, set_folder
+
+RESTORE: Final = "Restore the data and settings that it was made with, or choose another run.store."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ class FeatureArray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SetInfo:
+class SetInfo(RowBlocks):
     """A feature set: the features of one data split.
 
     ``rows``, ``arrays`` (but for their scales), ``members`` and ``data_hash`` say what the set is and are compared when it
@@ -72,8 +74,6 @@ class SetInfo:
     """
 
     name: str
-    rows: int
-    block_rows: int
     dtype: Literal["float32", "float16"]
     arrays: tuple[FeatureArray, ...]
     data_hash: str
@@ -105,16 +105,6 @@ class SetInfo:
         """Folder of the set in the store."""
         return set_folder(self.name)
 
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return -(-self.rows // self.block_rows)
-
-    def block_range(self, block: int) -> tuple[int, int]:
-        """Rows [start, stop) of a block."""
-        start = block * self.block_rows
-        return start, min(start + self.block_rows, self.rows)
-
     def array_path(self, name: str) -> str:
         """Path, inside the set, of a group's array."""
         return group_array(self.members[0], name)
@@ -143,7 +133,7 @@ class SetInfo:
         arrays = tuple(FeatureArray(**array) for array in value["arrays"])
         return cls(**{**value, "arrays": arrays, "members": tuple(value["members"])})
 
-    def require_same(self, asked: SetInfo, where: str) -> None:
+    def require_same(self, asked: SetInfo, where: str, *, remedy: str = RESTORE) -> None:
         """Compare what the set is with what is asked for.
 
         Raises
@@ -151,7 +141,6 @@ class SetInfo:
         ContractError
             With one line for each field that differs.
         """
-        remedy = "Restore the data and settings that it was made with, or choose another run.store."
         require_equal(where, _identity(self), _identity(asked), remedy=remedy)
 
 

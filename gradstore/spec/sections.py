@@ -1,23 +1,14 @@
-"""RunSpec: what run.toml says, as frozen values, and the errors for what it may not say.
-
-Paths: ``run.store`` is relative to the working directory, as on the command line; every other relative path is relative
-to the folder of run.toml, so that a pipeline's folder can be copied as a whole.
-"""
+"""The tables of run.toml, as frozen values."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gradstore.errors import SpecError
 
@@ -25,14 +16,16 @@ from gradstore.errors import SpecError
 MEMORY_SHARE = 0.8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+# Names of kernels and weights: "<kernel>.<weights>" names their scores, so neither has a dot.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+RESERVED_NAMES = {"kernel": "baseline", "learn": "unweighted"}
 SPLITS = ("train", "learn", "eval")
-T = TypeVar("T")
 
 
 class Section(BaseModel):
     """A table of run.toml: frozen, strict, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -153,7 +146,7 @@ class FeaturesSection(Section):
 class KernelSection(Section):
     """[kernel]: a kind and its options; ``name`` tells apart several kernels of one store."""
 
-    name: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    name: str = Field(default="block", pattern=NAME)
     kind: str = "block"
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -180,7 +173,7 @@ class ContributeSection(Section):
 class LearnSection(Section):
     """[learn]: Algorithm 1's settings."""
 
-    name: str = Field(default="learned", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="learned", pattern=NAME)
     k: int = Field(default=10, ge=1)
     epochs: int = Field(default=10, ge=1)
     learning_rate: float = Field(default=0.01, gt=0)
@@ -250,127 +243,10 @@ class RunSpec(Section):
     @model_validator(mode="after")
     def _check(self) -> RunSpec:
         self.data.ranges()
+        for section, reserved in RESERVED_NAMES.items():
+            if getattr(self, section).name == reserved:
+                raise SpecError(f"{section}.name: found {reserved!r}, which has another meaning. Choose another name.")
         return self
-
-
-def read_spec(path: str | Path) -> RunSpec:
-    """Read and check run.toml; relative paths inside it are made absolute against its folder.
-
-    Raises
-    ------
-    SpecError
-        With one line per problem: the key, what was found, and what is accepted.
-    """
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SpecError(f"{path}: no such file. `gradstore init` writes one.") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path}: not readable as TOML: {error}.") from error
-    return parse_spec(values, origin=str(path), folder=path.resolve().parent)
-
-
-def parse_spec(values: Mapping[str, Any], *, origin: str = "run.toml", folder: Path | None = None) -> RunSpec:
-    """Check the values of a run.toml; see `read_spec`."""
-    try:
-        spec = RunSpec.model_validate(dict(values))
-    except ValidationError as error:
-        raise SpecError(f"{origin}: " + "\n".join(_explain(problem, RunSpec) for problem in error.errors())) from error
-    except SpecError as error:
-        raise SpecError(f"{origin}: {error}") from error
-    return spec if folder is None else _resolve_paths(spec, folder)
-
-
-def resolve_kind(kinds: Mapping[str, type[T]], kind: str, options: Mapping[str, Any], key: str) -> T:
-    """Make the dataclass that ``kinds`` holds under ``kind`` from its options, with their names and types checked.
-
-    Raises
-    ------
-    SpecError
-        If the kind is unknown, or an option is unknown, missing or of the wrong type.
-    """
-    if kind not in kinds:
-        raise SpecError(f"{key}.kind: found {kind!r}; accepted: {', '.join(sorted(kinds))}.")
-    cls = kinds[kind]
-    hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for option in options:
-        if option not in fields:
-            accepted = f"accepted for {kind}: {', '.join(fields)}" if fields else f"{kind} takes no options"
-            raise SpecError(f"{key}.{option}: unknown key; {accepted}.")
-    definitions: dict[str, Any] = {
-        name: (hints[name], ... if field.default is dataclasses.MISSING else field.default)
-        for name, field in fields.items()
-    }
-    checker = create_model(cls.__name__, __config__=ConfigDict(strict=True), **definitions)
-    try:
-        checked = checker.model_validate(dict(options))
-    except ValidationError as error:
-        raise SpecError("\n".join(_explain(problem, None, key) for problem in error.errors())) from error
-    return cls(**{name: getattr(checked, name) for name in fields})
-
-
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, ours, theirs) of every leaf in which two nested mappings differ; None stands for an absent key."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted({*ours, *theirs}):
-        left, right, name = ours.get(key), theirs.get(key), f"{prefix}{key}"
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += differences(left, right, f"{name}.")
-        elif left != right:
-            found.append((name, left, right))
-    return found
-
-
-def content_hash(value: Any) -> str:
-    """Hex digest of a JSON-like value, independent of key order."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
-    def absolute(value: str) -> str:
-        # A hub id and a package: or s3:// source are no paths; only what exists beside run.toml is one.
-        candidate = folder / value
-        return str(candidate) if ":" not in value and candidate.exists() else value
-
-    model = {"source": absolute(spec.model.source)}
-    if spec.model.config is not None:
-        model["config"] = str(folder / spec.model.config)
-    splits = {
-        name: split.model_copy(update={"source": absolute(split.source)}) for name, split in spec.data.splits().items()
-    }
-    return spec.model_copy(
-        update={"model": spec.model.model_copy(update=model), "data": spec.data.model_copy(update=splits)}
-    )
-
-
-def _explain(problem: Any, model: type[BaseModel] | None, prefix: str = "") -> str:
-    """One line for one pydantic problem: the key, what was found, what is accepted."""
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join([prefix, *path] if prefix else path)
-    if problem["type"] == "extra_forbidden":
-        accepted = ", ".join(_keys_beside(model, path)) if model else ""
-        return f"{key}: unknown key; accepted here: {accepted}."
-    if problem["type"] == "missing":
-        return f"{key}: is missing."
-    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}: found {problem['input']!r}; accepted: {message}."
-
-
-def _keys_beside(model: type[BaseModel], path: list[str]) -> list[str]:
-    current: type[BaseModel] = model
-    for part in path[:-1]:
-        field = current.model_fields.get(part)
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        current = annotation
-    keys = list(current.model_fields)
-    if current is DataSection:
-        keys += [f"{key} (default of all splits)" for key in SplitSection.model_fields]
-    return keys
 
 
 def _bytes(text: str) -> int:

@@ -1,0 +1,34 @@
+"""RunSpec: what run.toml says, as frozen values, and the errors for what it may not say.
+
+Paths: ``run.store`` is relative to the working directory, as on the command line; every other relative path is relative
+to the folder of run.toml, so that a pipeline's folder can be copied as a whole.
+"""
+
+from gradstore.spec.kinds import content_hash, differences, resolve_kind
+from gradstore.spec.reading import parse_spec, read_spec
+from gradstore.spec.sections import (
+    SPLITS,
+    ClusterSection,
+    DataSection,
+    FeaturesSection,
+    KernelSection,
+    ModelSection,
+    RunSpec,
+    SplitSection,
+)
+
+__all__ = [
+    "SPLITS",
+    "ClusterSection",
+    "DataSection",
+    "FeaturesSection",
+    "KernelSection",
+    "ModelSection",
+    "RunSpec",
+    "SplitSection",
+    "content_hash",
+    "differences",
+    "parse_spec",
+    "read_spec",
+    "resolve_kind",
+]

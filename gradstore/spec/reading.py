@@ -1,0 +1,94 @@
+"""From the text of run.toml to a RunSpec, and the errors for what it may not say."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from gradstore.errors import SpecError
+from gradstore.spec.sections import DataSection, RunSpec, SplitSection
+
+
+def read_spec(path: str | Path) -> RunSpec:
+    """Read and check run.toml; relative paths inside it are made absolute against its folder.
+
+    Raises
+    ------
+    SpecError
+        With one line per problem: the key, what was found, and what is accepted.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpecError(f"{path}: no such file. `gradstore init` writes one.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path}: not readable as TOML: {error}.") from error
+    return parse_spec(values, origin=str(path), folder=path.resolve().parent)
+
+
+def parse_spec(values: Mapping[str, Any], *, origin: str = "run.toml", folder: Path | None = None) -> RunSpec:
+    """Check the values of a run.toml; see `read_spec`."""
+    try:
+        spec = RunSpec.model_validate(dict(values))
+    except ValidationError as error:
+        raise SpecError(f"{origin}: " + "\n".join(explain(problem, RunSpec) for problem in error.errors())) from error
+    except SpecError as error:
+        raise SpecError(f"{origin}: {error}") from error
+    return spec if folder is None else _resolve_paths(spec, folder)
+
+
+def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
+    def absolute(value: str) -> str:
+        # A hub id and a package: or s3:// source are no paths; only what exists beside run.toml is one.
+        candidate = folder / value
+        return str(candidate) if ":" not in value and candidate.exists() else value
+
+    model = {"source": absolute(spec.model.source)}
+    if spec.model.config is not None:
+        model["config"] = str(folder / spec.model.config)
+    splits = {
+        name: split.model_copy(update={"source": absolute(split.source)}) for name, split in spec.data.splits().items()
+    }
+    store = spec.run.store
+    if "://" not in store:
+        # Workers run in folders of their own, so they are told the whole path.
+        store = str(Path(store).expanduser().absolute())
+    return spec.model_copy(
+        update={
+            "run": spec.run.model_copy(update={"store": store}),
+            "model": spec.model.model_copy(update=model),
+            "data": spec.data.model_copy(update=splits),
+        }
+    )
+
+
+def explain(problem: Any, model: type[BaseModel] | None, prefix: str = "") -> str:
+    """One line for one pydantic problem: the key, what was found, what is accepted."""
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join([prefix, *path] if prefix else path)
+    if problem["type"] == "extra_forbidden":
+        accepted = ", ".join(_keys_beside(model, path)) if model else ""
+        return f"{key}: unknown key; accepted here: {accepted}."
+    if problem["type"] == "missing":
+        return f"{key}: is missing."
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key}: found {problem['input']!r}; accepted: {message}."
+
+
+def _keys_beside(model: type[BaseModel], path: list[str]) -> list[str]:
+    current: type[BaseModel] = model
+    for part in path[:-1]:
+        field = current.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        current = annotation
+    keys = list(current.model_fields)
+    if current is DataSection:
+        keys += [f"{key} (default of all splits)" for key in SplitSection.model_fields]
+    return keys

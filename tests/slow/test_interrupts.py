@@ -1,0 +1,58 @@
+"""Ctrl-C, and workers that are gone: a run that ends says how, and one that waits says for what."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from distributed import LocalCluster
+
+from tests.runs import command, gradstore, make_run
+
+pytestmark = pytest.mark.slow
+
+
+def wait_for_a_record(store: Path) -> None:
+    """Until a block of the train set is committed."""
+    deadline = time.monotonic() + 120
+    while not list(store.glob("features/train/blocks/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_run / "model")
+    run = make_run(tmp_path, str(tmp_path / "store"))
+    running = subprocess.Popen(command("run", run), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_a_record(tmp_path / "store")
+    # As a terminal does: to every process of the group.
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: stopped. What was committed stays")
+    again = gradstore("run", run)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_run_whose_workers_are_gone_says_so_and_goes_on_when_one_comes_back(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_run / "model")
+    with LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
+        changes = {"cluster": {"kind": "scheduler", "address": cluster.scheduler_address}}
+        run = make_run(tmp_path, str(tmp_path / "store"), changes)
+        with subprocess.Popen(command("run", run), stderr=subprocess.PIPE, text=True) as running:
+            wait_for_a_record(tmp_path / "store")
+            cluster.scale(0)
+            assert running.stderr is not None
+            for line in running.stderr:
+                if "no worker is left" in line:
+                    break
+            else:
+                pytest.fail("the run ended without a word about its workers")
+            cluster.scale(1)
+            _, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, errors

@@ -1,0 +1,192 @@
+"""The arithmetic of a plan against what a tiny run writes, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import pytest
+
+from gradstore.cluster import Engine, Task
+from gradstore.errors import ResourceError
+from gradstore.numerics.kernel import spectrum
+from gradstore.plan import FILE_BYTES, Plan, make_plan
+from gradstore.plan.memory import CHUNKS_AT_ONCE, READ_BYTES
+from gradstore.plan.sizes import RANKED_ROWS, StagePlan
+from gradstore.plan.stages import QUERY_SETS
+from gradstore.spec import read_spec
+from gradstore.stages import contribute as contribute_stage
+from gradstore.stages.kernel import build_bundle
+from gradstore.stages.progress import Progress
+from gradstore.stages.run import STAGES
+from gradstore.stages.score.stage import PRECISION_K
+from gradstore.store.artifacts import KernelArtifact
+from gradstore.store.backend import open_storage
+from gradstore.store.features import FeatureStore
+from tests.runs import make_run
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "pipelines" / "openwebtext-llama3-8b" / "run.toml"
+
+
+class InThisProcess:
+    """An engine without a cluster."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        for task in tasks:
+            yield task, task.function(*task.arguments)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"contribute": {"dtype": "float16"}, "kernel": {"kind": "identity"}, "features": {"block_rows": 5}},
+    ],
+    ids=["spectra and float32", "no spectra and float16"],
+)
+def test_a_run_writes_the_objects_and_array_bytes_that_were_planned(
+    tiny_run: Path, tmp_path: Path, changes: dict[str, dict[str, Any]]
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_run / "model")
+    changes = {"score.tail_patch": {"queries": 1}, **changes}
+    run = make_run(tmp_path, str(tmp_path / "store"), changes)
+    if "kernel" in changes:
+        run.write_text(run.read_text(encoding="utf-8").replace("damping = 0.1\n", ""), encoding="utf-8")
+    spec = read_spec(run)
+    plan = make_plan(spec)
+    seen: set[Path] = set()
+    for stage, planned in zip(STAGES, plan.stages, strict=True):
+        stage(spec, cast(Engine, InThisProcess()), Progress(quiet=True))
+        written = {path for path in (tmp_path / "store").rglob("*") if path.is_file()} - seen
+        seen |= written
+        assert len(written) == planned.objects, planned.name
+        if planned.name not in ("learn", "score"):
+            arrays = [path for path in written if path.suffix != ".json" and "c" in path.parent.parts]
+            chunks = [path.stat().st_size for path in arrays]
+            assert sum(chunks) == planned.written_bytes, planned.name
+    assert plan.to_json()["objects"] == len(seen)
+
+
+def test_what_the_plan_repeats_of_other_layers_is_what_they_say(tmp_path: Path) -> None:
+    assert READ_BYTES == contribute_stage.READ_BYTES
+    assert QUERY_SETS == contribute_stage.QUERY_SETS
+    assert RANKED_ROWS == PRECISION_K
+    assert CHUNKS_AT_ONCE[0] == open_storage(str(tmp_path)).concurrency
+
+
+def test_learn_and_ranking_take_no_worker_memory_but_that_of_this_machine(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_run / "model")
+    run = read_spec(make_run(tmp_path, str(tmp_path / "store"), {"score.tail_patch": {"queries": 0}}))
+    stages = stages_of(make_plan(run))
+    assert stages["learn"].task_memory_bytes == stages["score"].task_memory_bytes == 0
+    most = max(stages["learn"].client_memory_bytes, stages["score"].client_memory_bytes)
+    assert most > 0
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine._replace(total=most - 1))
+    with pytest.raises(
+        ResourceError, match=r"in the process that runs it, this machine has .* Lower data\.(learn|eval)"
+    ):
+        make_plan(run)
+
+
+def test_the_reference_study_is_planned_as_documented() -> None:
+    plan = make_plan(read_spec(REFERENCE))
+    assert round(plan.to_json()["feature_bytes"] / 1e9, 1) == 182.8
+    assert plan.to_json()["task_memory_bytes"] <= 96 * 2**30
+    assert "where the command runs" in " ".join(plan.notes)
+
+
+def test_half_precision_counts_the_rounded_weights() -> None:
+    spec = read_spec(REFERENCE)
+
+    def featurize(precision: str, token_budget: int) -> int:
+        features = spec.features.model_copy(update={"token_budget": token_budget})
+        model = spec.model.model_copy(update={"precision": precision})
+        cluster = spec.cluster.model_copy(update={"memory_per_worker": "900GiB"})
+        changed = spec.model_copy(update={"features": features, "model": model, "cluster": cluster})
+        return stages_of(make_plan(changed))["featurize"].task_memory_bytes
+
+    parameters = make_plan(spec).partition.total_parameters
+    # Extrapolated to a batch of no token, what is left of the difference is the copies.
+    at_none = [2 * featurize(name, 512) - featurize(name, 1024) for name in ("bfloat16", "float32")]
+    assert abs(at_none[0] - at_none[1] - 2 * parameters) < 2**20
+    for budget in (512, 16_384):
+        assert featurize("auto", budget) == max(featurize("bfloat16", budget), featurize("float32", budget))
+
+
+@pytest.mark.parametrize("spectra", ["block", "identity"])
+def test_contribute_counts_the_queries_of_both_sets(spectra: str) -> None:
+    spec = read_spec(REFERENCE)
+    kernel = spec.kernel.model_copy(update={"kind": spectra, "options": {}})
+    spec = spec.model_copy(update={"kernel": kernel})
+    both = make_plan(spec, {"train": 99_642, "learn": 500, "eval": 500})
+    one = make_plan(spec, {"train": 99_642, "learn": 500, "eval": 1})
+    more = stages_of(both)["contribute"].task_memory_bytes - stages_of(one)["contribute"].task_memory_bytes
+    block_rows, groups = both.sets["train"].block_rows, len(both.widths)
+    assert more == 499 * 4 * (both.features + block_rows * groups)
+    assert stages_of(both)["kernel"].tasks == (32 if spectra == "block" else 0)
+
+
+def test_learn_writes_weights_once_an_epoch() -> None:
+    spec = read_spec(REFERENCE)
+    longer = spec.model_copy(update={"learn": spec.learn.model_copy(update={"epochs": spec.learn.epochs + 1})})
+    more = stages_of(make_plan(longer))["learn"].written_bytes - stages_of(make_plan(spec))["learn"].written_bytes
+    assert more == 8 * 224 + 32 * 500
+
+
+def test_block_rows_that_make_chunks_too_large_are_refused() -> None:
+    spec = read_spec(REFERENCE)
+    features = spec.features.model_copy(update={"block_rows": 8192})
+    # 4,096 features of two bytes: 8,192 rows are 64 MiB in the train set, and twice that in the sets of queries.
+    with pytest.raises(
+        ResourceError, match=r"features.block_rows: 8192 rows .* 134 MB in the float32 set .* most 4096"
+    ):
+        make_plan(spec.model_copy(update={"features": features}))
+
+
+def test_a_disk_is_too_full_only_for_what_is_still_missing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_run / "model")
+    spec = read_spec(make_run(tmp_path, str(tmp_path / "store")))
+    needed = sum(stage.written_bytes + stage.objects * FILE_BYTES for stage in make_plan(spec).stages)
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * needed, 0, needed - 1_000_000))
+    (tmp_path / "store").mkdir()
+    with pytest.raises(ResourceError, match="the run still writes"):
+        make_plan(spec)
+    (tmp_path / "store" / "features").write_bytes(bytes(1_100_000))
+    make_plan(spec)
+
+
+def test_a_bundle_of_groups_is_stored_as_decomposed_one_by_one(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_run / "model")
+    spec = read_spec(make_run(tmp_path, str(tmp_path / "store")))
+    for stage in STAGES[:2]:
+        stage(spec, cast(Engine, InThisProcess()), Progress(quiet=True))
+    store = FeatureStore.open(spec.run.store)
+    train, made = store.open_set("train"), KernelArtifact.open(store.storage, "block")
+    names = [array.name for array in train.info.arrays]
+    artifact = KernelArtifact.create(
+        store.storage, "three", settings={}, widths=dict.fromkeys(names, 16), bundles=[names[:3], names[3:]]
+    )
+    assert build_bundle(spec.run.store, "three", 0) == 3
+    for name in names[:3]:
+        rows = np.concatenate([train.read_block(block, [name])[name] for block in range(train.info.num_blocks)])
+        values, vectors = artifact.read(name)
+        expected = spectrum(rows.T.astype(np.float64) @ rows)
+        assert np.abs(values - expected.eigenvalues).max() <= 1e-5 * expected.eigenvalues.max()
+        np.testing.assert_array_equal(vectors, made.read(name)[1])
+    assert artifact.missing_units() == [1]
+
+
+def stages_of(plan: Plan) -> dict[str, StagePlan]:
+    return {stage.name: stage for stage in plan.stages}
