@@ -24,7 +24,10 @@ from gradstore.stages.score.tail_patch import patch_query, tail_patches
 from tests.models import VOCABULARY, tiny_tokenizer
 from tests.runs import make_run, write_corpus
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc"),
+]
 
 CHANGES: dict[str, dict[str, Any]] = {
     "data": {"deduplicate": False},
