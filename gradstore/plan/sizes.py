@@ -152,16 +152,20 @@ def kernel_bundles(widths: Sequence[int]) -> int:
     return min(len(widths), max(KERNEL_BUNDLES, math.ceil(gram_bytes / BUNDLE_BYTES)))
 
 
-def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: StoredDtype) -> int:
-    """Queries in one chunk of C, whose shape is ``contributions`` [Q, N, M].
+def learner_tile(contributions: tuple[int, int, int]) -> int:
+    """Queries that the learner holds at once, where C has the shape ``contributions`` [Q, N, M].
 
-    A chunk takes at most CONTRIBUTION_CHUNK_BYTES, and a tile of all rows, which the learner holds, LEARNER_TILE_BYTES.
+    The order of its visits, and so the weights, depend on it: it follows from the shape alone, never from how C is stored.
     """
     queries, rows, groups = contributions
-    row_bytes = groups * ITEM_BYTES[dtype]
-    by_chunk = CONTRIBUTION_CHUNK_BYTES // (row_bytes * block_rows)
-    by_learner = LEARNER_TILE_BYTES // (row_bytes * rows)
-    return max(1, min(queries, by_chunk, by_learner))
+    return max(1, min(queries, LEARNER_TILE_BYTES // (4 * rows * groups)))
+
+
+def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: StoredDtype) -> int:
+    """Queries in one chunk of C: at most CONTRIBUTION_CHUNK_BYTES, and no more than the learner holds at once."""
+    _, _, groups = contributions
+    by_chunk = CONTRIBUTION_CHUNK_BYTES // (groups * ITEM_BYTES[dtype] * block_rows)
+    return max(1, min(learner_tile(contributions), by_chunk))
 
 
 def stored_dtype(set_name: str, features: FeaturesSection) -> StoredDtype:

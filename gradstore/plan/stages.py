@@ -12,6 +12,7 @@ from gradstore.plan.sizes import (
     SetPlan,
     StagePlan,
     kernel_bundles,
+    learner_tile,
     query_tile,
 )
 from gradstore.spec import RunSpec
@@ -51,7 +52,7 @@ def stage_plans(
         _featurize(widths, sets, memory),
         _kernel(widths, train, memory, spectra=spectra),
         _contribute(spec, widths, sets, tiles, memory),
-        _learn(spec, widths, sets, tiles["learn"], memory),
+        _learn(spec, widths, sets, learner_tile((sets["learn"].rows, train.rows, len(widths))), memory),
         _score(spec, sets, tiles["eval"], memory),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from gradstore.cluster import Engine
 from gradstore.errors import NotReadyError, SpecError
+from gradstore.plan.sizes import learner_tile
 from gradstore.spec import RunSpec
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import ContributionArtifact, WeightsArtifact
@@ -42,7 +43,7 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     shape = contributions.shape
     if spec.learn.k > shape.rows:
         raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {shape.rows} train examples.")
-    settings = learner_settings(spec, shape.query_tile)
+    settings = learner_settings(spec, learner_tile((shape.queries, shape.rows, len(shape.groups))))
     artifact = WeightsArtifact.create(
         store.storage,
         spec.learn.name,
@@ -58,7 +59,7 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     started = time.monotonic()
     with progress.stage(f"learn {spec.learn.name}", settings.epochs * shape.queries, "steps") as advance:
         learned = learn_weights(
-            TileReader(contributions, advance).read,
+            TileReader(contributions, settings.tile, advance).read,
             num_queries=shape.queries,
             num_groups=len(shape.groups),
             settings=settings,
@@ -106,8 +107,9 @@ def learner_settings(spec: RunSpec, tile: int) -> LearnerSettings:
 class TileReader:
     """Gives C_q block by block; holds the tile of queries that q is in, because visits stay inside a tile."""
 
-    def __init__(self, contributions: ContributionArtifact, advance: Callable[[int], None]) -> None:
+    def __init__(self, contributions: ContributionArtifact, size: int, advance: Callable[[int], None]) -> None:
         self._contributions = contributions
+        self._size = size
         self._advance = advance
         self._tile = -1
         self._blocks: list[np.ndarray] = []
@@ -115,14 +117,13 @@ class TileReader:
     def read(self, query: int) -> Iterator[np.ndarray]:
         """Pieces [rows, M] of one query's contributions, in row order."""
         self._advance(1)
-        size = self._contributions.shape.query_tile
-        if query // size != self._tile:
-            first = query // size * size
-            last = min(first + size, self._contributions.shape.queries)
+        if query // self._size != self._tile:
+            self._tile = query // self._size
+            first = self._tile * self._size
+            last = min(first + self._size, self._contributions.shape.queries)
             self._blocks = list(self._contributions.read_blocks(first, last))
-            self._tile = query // size
         for block in self._blocks:
-            yield block[query % size]
+            yield block[query % self._size]
 
 
 def _weights_table(arrays: list[FeatureArray], learned: LearnedWeights) -> pa.Table:

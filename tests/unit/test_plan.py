@@ -17,7 +17,7 @@ from gradstore.errors import ResourceError
 from gradstore.numerics.kernel import spectrum
 from gradstore.plan import FILE_BYTES, Plan, make_plan
 from gradstore.plan.memory import CHUNKS_AT_ONCE, READ_BYTES
-from gradstore.plan.sizes import RANKED_ROWS, StagePlan
+from gradstore.plan.sizes import RANKED_ROWS, StagePlan, learner_tile, query_tile
 from gradstore.plan.stages import QUERY_SETS
 from gradstore.spec import read_spec
 from gradstore.stages import contribute as contribute_stage
@@ -190,3 +190,11 @@ def test_a_bundle_of_groups_is_stored_as_decomposed_one_by_one(tiny_run: Path, t
 
 def stages_of(plan: Plan) -> dict[str, StagePlan]:
     return {stage.name: stage for stage in plan.stages}
+
+
+def test_the_learner_visits_queries_in_the_same_tiles_however_c_is_stored() -> None:
+    shape = (500, 100_000, 224)
+    assert learner_tile(shape) == 2 * 2**30 // (4 * 100_000 * 224)
+    chunks = {query_tile(shape, rows, dtype) for rows in (256, 1024) for dtype in ("float32", "float16")}
+    assert all(1 <= tile <= learner_tile(shape) for tile in chunks)
+    assert learner_tile((60, 400, 210)) == 60
