@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RETRIES = 2
 POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 30.0
+RESULT_SECONDS = 10.0
 ALLOWED_WORKER_DEATHS = 4
 # A batch frees and takes gigabytes of activations. Giving them back to the system each time doubled featurize's CPU
 # seconds in page faults; glibc keeps them for the next batch instead.
@@ -96,27 +97,30 @@ class Engine:
             for key, task in by_key.items()
         ]
         failed: dict[str, BaseException] = {}
-        for future in self._as_they_finish(as_completed(futures)):
-            task = by_key[future.key]
-            if future.status == "error":
-                failed[task.name] = future.exception()
-            elif future.status == "cancelled":
-                failed[task.name] = TaskError("it was cancelled")
-            elif isinstance(result := future.result(), _Refused):
-                failed[task.name] = result.error
+        for key, outcome in self._as_they_finish(as_completed(futures)):
+            task = by_key[key]
+            if isinstance(outcome, _Failed):
+                failed[task.name] = outcome.error
             else:
-                yield task, result
+                yield task, outcome
         if failed:
             raise _failure(failed)
 
-    def _as_they_finish(self, futures: Any) -> Iterator[Any]:
-        """Futures as they finish; where no worker is left to finish one, say so, and give up on an embedded cluster."""
+    def _as_they_finish(self, futures: Any) -> Iterator[tuple[str, Any]]:
+        """(key, outcome) as tasks finish; where no worker is left, say so, and give up on an embedded cluster."""
         alone_since = last_told = time.monotonic()
         while not futures.is_empty():
             if futures.has_ready():
-                yield next(futures)
-                alone_since = time.monotonic()
-                continue
+                future = next(futures)
+                try:
+                    outcome = _outcome(future)
+                except TimeoutError:
+                    # Its worker went away with the result: the task runs again, and finds its block committed.
+                    futures.add(future)
+                else:
+                    yield future.key, outcome
+                    alone_since = time.monotonic()
+                    continue
             time.sleep(POLL_SECONDS)
             if time.monotonic() - max(alone_since, last_told) < PATIENCE_SECONDS:
                 continue
@@ -133,10 +137,19 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class _Refused:
-    """A task's own error, returned and not raised: trying again would find the same."""
+class _Failed:
+    """The error of a task. A worker returns gradstore's own instead of raising it: trying again would find the same."""
 
-    error: GradstoreError
+    error: BaseException
+
+
+def _outcome(future: Any) -> Any:
+    """Result of a finished task, or its error; TimeoutError where the result is not to be had now."""
+    if future.status == "error":
+        return _Failed(future.exception())
+    if future.status == "cancelled":
+        return _Failed(TaskError("it was cancelled"))
+    return future.result(timeout=RESULT_SECONDS)
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -144,11 +157,11 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except (IntegrityError, ObjectMissingError) as error:
-        return _Refused(error)
+        return _Failed(error)
     except StorageError:
         raise
     except GradstoreError as error:
-        return _Refused(error)
+        return _Failed(error)
 
 
 def _local(section: ClusterSection, stack: ExitStack) -> Client:
