@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,11 @@ def feature_contract(spec: RunSpec, plan: Plan, adapter: Adapter, prepared: Mapp
         "groups": content_hash(
             [[group.name, group.out_features, group.in_features] for group in plan.partition.groups]
         ),
-        "projection": {**spec.features.projection, "seed": spec.run.seed},
+        "projection": {
+            "kind": spec.features.projection["kind"],
+            **asdict(plan.projection),  # type: ignore[call-overload]
+            "seed": spec.run.seed,
+        },
         "bias": False,
     }
 

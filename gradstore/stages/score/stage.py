@@ -74,6 +74,7 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     ranks = _rank_by_scores(store, contributions, [*artifacts], keep, progress)
     ranks |= _rank_by_baselines(spec, [*artifacts], train, queries, keep)
     patches = _patch(spec, engine, progress, ranks)
+    labels = _labels(train), _labels(queries)
     for method, artifact in artifacts.items():
         found = ranks[method]
         summary = {
@@ -81,7 +82,7 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
             "kernel": method.kernel,
             "weights": method.weights,
             "tail_patch": patches.get(method),
-            **_precision(found.proponents, _labels(train), _labels(queries)),
+            **_precision(found.proponents, *labels),
         }
         artifact.write(_table(found), summary, facts={"queries": queries.info.rows})
 
