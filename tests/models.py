@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 Kind = Literal["llama", "gpt2"]
@@ -22,6 +24,18 @@ SENTENCES = (
     "Shares of the bank fell by 3% after the minister's speech.",
     "The new phone has two cameras; its battery lasts about a day.",
     "She sang the old song again, and the theatre was silent.",
+)
+
+# ChatML as most instruction-tuned models have it, with and without marks around what the assistant says.
+CHATML = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}{{ message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+MARKED_CHATML = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
@@ -90,6 +104,32 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END)
+
+
+def make_tiny_lora(folder: Path, model: Path, *, seed: int = 0, **options: Any) -> Path:
+    """Save a LoRA adapter for a model in a folder; see `make_lora`."""
+    from transformers import AutoModelForCausalLM
+
+    return make_lora(folder, AutoModelForCausalLM.from_pretrained(model), seed=seed, **options)
+
+
+def make_lora(folder: Path, model: nn.Module, *, seed: int = 0, **options: Any) -> Path:
+    """Save a LoRA adapter of rank 3 with random factors, none of them zero, into a folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "task_type": "CAUSAL_LM", **options}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT asks transformers by names that are to go.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, LoraConfig(**settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
 
 
 def make_tiny_gguf(model: Path, file: Path) -> Path:

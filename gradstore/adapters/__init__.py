@@ -8,10 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gradstore.adapters.causal_lm import CausalLM
-from gradstore.adapters.precision import resolve_precision
+from gradstore.adapters.diffusion import Diffusion
+from gradstore.adapters.image_classifier import ImageClassifier
+from gradstore.adapters.models.precision import resolve_precision
 from gradstore.adapters.protocol import Adapter, Examples, Facts, SourceFacts
 from gradstore.spec import DataSection, ModelSection
 
-ADAPTERS: dict[str, Callable[[ModelSection, DataSection, int], Adapter]] = {"causal_lm": CausalLM}
+ADAPTERS: dict[str, Callable[[ModelSection, DataSection, int], Adapter]] = {
+    "causal_lm": CausalLM,
+    "image_classifier": ImageClassifier,
+    "diffusion": Diffusion,
+}
 
 __all__ = ["ADAPTERS", "Adapter", "Examples", "Facts", "SourceFacts", "resolve_precision"]

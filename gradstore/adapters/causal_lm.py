@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gradstore.adapters.gguf import dequantise, dequantised_folder, read_config
-from gradstore.adapters.locations import resolve_location
+from gradstore.adapters.models.gguf import dequantise, dequantised_folder, read_config
+from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
+from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples
-from gradstore.adapters.splits import TOKENS, split_examples
-from gradstore.adapters.tokenizer import TextTokenizer
-from gradstore.errors import DataError, GradstoreError, SpecError
+from gradstore.adapters.text.encoding import PREDICTED, TOKENS
+from gradstore.adapters.text.generation import ModelWriter, resolve_generation
+from gradstore.adapters.text.records import resolve_form
+from gradstore.adapters.text.splits import split_examples
+from gradstore.adapters.text.tokenizer import TextTokenizer
+from gradstore.errors import SpecError
 from gradstore.spec import DataSection, ModelSection, content_hash
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor, nn
     from transformers import PretrainedConfig
 
 OUTPUT: Final = "token_cross_entropy"
+_HOLDS: Final = "a config.json, weights and a tokenizer"
 
 # Where a configuration came from, and how it is kept.
 NO_ARCHITECTURE: Final = frozenset(
@@ -35,20 +38,35 @@ NO_ARCHITECTURE: Final = frozenset(
 class CausalLM:
     """Any causal language model of transformers, from a hub id, a folder, or a GGUF file in a folder.
 
-    Code that comes with a model is never run.
+    With ``model.peft`` a LoRA adapter lies on top of it. Code that comes with a model is never run.
     """
 
     model: ModelSection
     data: DataSection
     seed: int
 
+    def __post_init__(self) -> None:
+        """Refuse what is said in run.toml and would not be heard."""
+        if self.model.output not in (None, OUTPUT):
+            raise SpecError(f"model.output: found {self.model.output!r}; causal_lm has {OUTPUT} alone.")
+        if self.model.weights is not None or self.model.options:
+            given = "weights" if self.model.weights is not None else f"options.{next(iter(self.model.options))}"
+            raise SpecError(f"model.{given}: causal_lm has no such key. Its weights are those of model.source.")
+        for name, split in self.data.splits().items():
+            if split.labels is not None:
+                raise SpecError(f"data.{name}.labels: causal_lm reads none; label names a column that is kept.")
+            resolve_form(split, f"data.{name}")
+            resolve_generation(split, f"data.{name}")
+
     def load(self, device: str) -> nn.Module:
         """Return the model in float32 and evaluation mode; on ``meta`` its shape, with no weights read.
+
+        With an adapter, all but its parameters are frozen.
 
         Raises
         ------
         SpecError
-            If the model cannot be found or is no causal language model.
+            If the model or its adapter cannot be found, or is no causal language model, or no LoRA adapter of it.
         DataError
             If the weights are damaged or do not fill the model.
         """
@@ -56,7 +74,7 @@ class CausalLM:
         from transformers import AutoModelForCausalLM
 
         config = self._config(weights=device != "meta")
-        with _explained(f"model.source: {self.model.source!r}"):
+        with self._explained():
             if device == "meta":
                 with torch.device("meta"):
                     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -71,7 +89,15 @@ class CausalLM:
                     ignore_mismatched_sizes=True,
                     **self._revision(),
                 )
-                _refuse_unfilled(report, self.model.source)
+                refuse_unfilled(
+                    "model.source",
+                    self.model.source,
+                    [str(name) for name in report["missing_keys"]],
+                    [f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"]],
+                    "a causal language model",
+                )
+        if self.model.peft is not None:
+            model = wrap_in_lora(model, self.model.peft, device)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -79,7 +105,7 @@ class CausalLM:
         return loaded
 
     def examples(self) -> Examples:
-        """Read, deduplicate, tokenise and split the texts of [data].
+        """Read, deduplicate, tokenise and split the examples of [data], and have the model write those it is to write.
 
         Raises
         ------
@@ -94,31 +120,41 @@ class CausalLM:
                 raise SpecError(
                     f"data.{name}.length: found {split.length:,}; {self.model.source} reads at most {context:,} tokens."
                 )
-        return split_examples(self.data, self.seed, self._tokenizer())
+        tokenizer = self._tokenizer()
+        writer = ModelWriter(load=self.load, end=tokenizer.tokenizer.eos_token_id, source=self.model.source)
+        return split_examples(self.data, self.seed, tokenizer, writer)
 
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
-        """Return the summed token cross-entropy [B] of examples of any lengths."""
+        """Return the summed cross-entropy [B] of the tokens that count as predicted, of examples of any lengths."""
         import torch
 
-        from gradstore.numerics.outputs import OUTPUTS
+        from gradstore.numerics.outputs import token_cross_entropy
 
         device = next(model.parameters()).device
         sizes = torch.tensor([example.size for example in examples])
         tokens = torch.zeros(len(examples), int(sizes.max()), dtype=torch.long)
+        counted = torch.ones_like(tokens, dtype=torch.bool)
         for row, example in enumerate(examples):
             tokens[row, : example.size] = torch.from_numpy(example.inputs[TOKENS].copy())
+            if PREDICTED in example.inputs:
+                counted[row, : example.size] = torch.from_numpy(example.inputs[PREDICTED].copy())
         mask = torch.arange(tokens.shape[1]) < sizes[:, None]
         padded = not bool(mask.all())
-        tokens, mask = tokens.to(device), mask.to(device)
+        # A prompt is read as any token is, so that its positions carry gradient; it only is not predicted.
+        tokens, mask, counted = tokens.to(device), mask.to(device), (mask & counted).to(device)
         # Without a mask attention takes its fastest kernel, and a batch of equal lengths needs none.
         logits = model(input_ids=tokens, attention_mask=mask if padded else None, use_cache=False).logits
-        return OUTPUTS[OUTPUT](logits, tokens, mask)
+        return token_cross_entropy(logits, tokens, counted)
 
     def identity(self) -> dict[str, Any]:
-        """Return adapter, architecture, tokenizer, output function and how texts are cut."""
+        """Return adapter, architecture, tokenizer, output function and how texts are cut.
+
+        Which tokens count as predicted, and what the model wrote, is in the examples, so their hash has it.
+        """
         return {
             "adapter": "causal_lm",
             "architecture": self._architecture(),
+            **({} if self.model.peft is None else {"peft": lora_identity(self.model.peft)}),
             "tokenizer": self._tokenizer().hash(),
             "output": OUTPUT,
             "truncation": {
@@ -127,20 +163,24 @@ class CausalLM:
         }
 
     def output_heads(self, model: nn.Module) -> tuple[str, ...]:
-        """Return the name of the language-model head."""
+        """Return the name of the language-model head; under an adapter also of the head's own weights inside it."""
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        return tuple(name for name, module in model.named_modules() if module is head)
+        # PEFT's names for what it has wrapped, and for a head that is trained whole.
+        wrapped = [getattr(head, name, None) for name in ("base_layer", "original_module")]
+        trained = getattr(head, "modules_to_save", None) or {}
+        heads = {id(module) for module in (head, *wrapped, *dict(trained).values()) if module is not None}
+        return tuple(name for name, module in model.named_modules() if id(module) in heads)
+
+    def longest(self, split: str) -> int:
+        """Return the length that run.toml cuts the split's texts to."""
+        return self.data.splits()[split].length
 
     def _source(self) -> str:
-        source = resolve_location(self.model.source, "model.source")
-        # A hub id is NAME or OWNER/NAME; whatever else there is must be a folder.
-        if (source.startswith(("/", ".", "~")) or source.count("/") > 1) and not Path(source).is_dir():
-            raise SpecError(
-                f"model.source: {self.model.source!r}: there is no such folder. Name a folder with a config.json and "
-                "weights, or a hub id."
-            )
-        return source
+        return find_source(self.model.source, "model.source", "a config.json and weights")
+
+    def _explained(self, role: str = "a causal language model") -> AbstractContextManager[None]:
+        return explained(f"model.source: {self.model.source!r}", role=role, holds=_HOLDS)
 
     def _gguf(self) -> Path | None:
         return None if self.model.gguf_file is None else Path(self._source()) / self.model.gguf_file
@@ -158,9 +198,9 @@ class CausalLM:
         from transformers import AutoConfig
 
         if self.model.config is not None and not weights:
-            with _explained(f"model.config: {self.model.config!r}"):
+            with explained(f"model.config: {self.model.config!r}", role="a causal language model", holds=_HOLDS):
                 return AutoConfig.from_pretrained(self.model.config, trust_remote_code=False)
-        with _explained(f"model.source: {self.model.source!r}"):
+        with self._explained():
             gguf = self._gguf()
             if gguf is not None and not weights and not dequantised_folder(gguf).is_dir():
                 return read_config(gguf)
@@ -174,45 +214,6 @@ class CausalLM:
     def _tokenizer(self) -> TextTokenizer:
         from transformers import AutoTokenizer
 
-        with _explained(f"model.source: {self.model.source!r}", role="a tokenizer"):
+        with self._explained("a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self._folder(), **self._revision())
         return TextTokenizer(tokenizer=tokenizer, source=self.model.source)
-
-
-def _refuse_unfilled(report: dict[str, Any], source: str) -> None:
-    """What a checkpoint lacks or has in another shape transformers fills with random numbers, and only warns."""
-    missing = sorted(str(name) for name in report["missing_keys"])
-    mismatched = sorted(f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
-    for names, what in ((missing, "lack {} tensors"), (mismatched, "have the wrong shape for {} tensors")):
-        if names:
-            raise DataError(
-                f"model.source: the weights of {source} {what.format(len(names))} of the model: {', '.join(names[:5])}. "
-                "Name a checkpoint of a causal language model."
-            )
-
-
-@contextmanager
-def _explained(named: str, *, role: str = "a causal language model") -> Iterator[None]:
-    """Turn what transformers raises about a model it cannot load into one error, without its progress bars and tables."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    except (GradstoreError, MemoryError):
-        raise
-    except SafetensorError as error:
-        raise DataError(f"{named} holds damaged weights: {error}. Fetch or copy the model again.") from error
-    # A broken file makes the readers of its format fail in any way: struct.error, IndexError, KeyError and others.
-    except Exception as error:
-        raise SpecError(
-            f"{named} does not load as {role}: {error}\n"
-            "Name a folder with a config.json, weights and a tokenizer, or a hub id that this machine can reach."
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

@@ -16,7 +16,8 @@ class Adapter(Protocol):
     """A model, its data and its task.
 
     An adapter is made from run.toml alone, in the command and again in every worker, so making one does no work.
-    ``load``, ``examples`` and ``outputs`` are what it does; ``identity`` and ``output_heads`` are what it says of itself.
+    ``load``, ``examples`` and ``outputs`` are what it does; ``identity``, ``output_heads`` and ``longest`` are what it says
+    of itself.
     """
 
     def load(self, device: str) -> nn.Module:
@@ -43,6 +44,10 @@ class Adapter(Protocol):
         """Return the names of the modules that map hidden states to outputs, which groups leave out unless asked."""
         ...
 
+    def longest(self, split: str) -> int | None:
+        """Return the tokens of the longest example that a split may hold, or None where only the data tells."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFacts:
@@ -62,9 +67,16 @@ class SourceFacts:
     alike
         Rows whose tokens an earlier row has, though their documents differ elsewhere.
     empty
-        Documents without a character other than whitespace.
+        Documents without a character other than whitespace; a prompt without a completion, a chat without a reply.
     short
         Documents with too few tokens for one to be predicted.
+    unpredicted
+        Documents of which no token that counts as predicted (of a completion, or of the assistant) lies within
+        data.length.
+    noun
+        What the source holds: documents, images.
+    first_empty
+        Names of the first that are empty.
     """
 
     source: str
@@ -73,6 +85,9 @@ class SourceFacts:
     alike: int
     empty: int
     short: int
+    unpredicted: int = 0
+    noun: str = "documents"
+    first_empty: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line: ``2,225 documents read from ...; dropped: 101 duplicates``."""
@@ -81,9 +96,14 @@ class SourceFacts:
             "alike in all tokens that are read": self.alike,
             "empty": self.empty,
             "too short": self.short,
+            "without a completion within data.length": self.unpredicted,
         }
+        if self.first_empty:
+            counts[f"empty ({', '.join(self.first_empty)}{', ...' if self.empty > len(self.first_empty) else ''})"] = (
+                counts.pop("empty")
+            )
         dropped = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-        return f"{self.documents:,} documents read from {self.source}; dropped: {dropped or 'none'}"
+        return f"{self.documents:,} {self.noun} read from {self.source}; dropped: {dropped or 'none'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def _adapter(
     )
 
 
-def _example(*tokens: int) -> Example:
+def _example(*tokens: int, predicted: Sequence[bool] | None = None) -> Example:
     inputs = {"tokens": np.array(tokens, np.int32)}
+    if predicted is not None:
+        inputs["predicted"] = np.array(predicted)
     return Example(
         example_id="x",
         source="s",
@@ -131,6 +134,26 @@ def test_the_output_is_the_sum_of_the_token_losses(models: dict[Kind, Path], kin
 
     mean = model(input_ids=tokens, labels=tokens).loss
     torch.testing.assert_close(output, 4 * mean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_does_not_count_but_carries_gradient(models: dict[Kind, Path], kind: Kind) -> None:
+    adapter = _adapter(models[kind])
+    model = adapter.load("cpu")
+    masked = _example(5, 60, 7, 200, 9, predicted=(False, False, True, False, True))
+    labels = torch.tensor([[-100, -100, 7, -100, 9]])
+
+    # Beside a longer row, so that it is padded.
+    output = adapter.outputs(model, [masked, _example(1, 2, 3, 4, 5, 6)])[0]
+
+    expected = 2 * model(input_ids=torch.tensor([[5, 60, 7, 200, 9]]), labels=labels).loss
+    torch.testing.assert_close(output, expected)
+    parameters = [parameter for name, parameter in model.named_parameters() if "wpe" not in name]
+    gradients, wanted = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (output, expected))
+    for gradient, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
+    embedding = dict(zip(parameters, gradients, strict=True))[model.get_input_embeddings().weight]  # type: ignore[operator]
+    assert bool((embedding[[5, 60]] != 0).any(1).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)

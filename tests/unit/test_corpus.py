@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore.adapters.corpus import Corpus, text_digest
-from gradstore.adapters.documents import Document
+from gradstore.adapters.text.corpus import Corpus, text_digest
+from gradstore.adapters.text.records import Document
 from gradstore.errors import DataError
 
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradstore.adapters.documents import Document, DocumentReader
+from gradstore.adapters.text.documents import DocumentReader
+from gradstore.adapters.text.records import Document
 from gradstore.errors import DataError, SpecError
 from gradstore.spec import SplitSection
 

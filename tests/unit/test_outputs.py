@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gradstore.numerics import outputs
 from gradstore.numerics.outputs import token_cross_entropy
+from gradstore.numerics.outputs import tokens as token_outputs
 
 
 def logits(rows: int, positions: int) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_the_gradient_is_that_of_torchs_own_function_however_rows_are_cut(
     (expected,) = torch.autograd.grad((weights * dense).sum(), scores)
 
     for piece in (1, 4 * 11, 2**22):
-        monkeypatch.setattr(outputs, "SCORES_PER_PIECE", piece)
+        monkeypatch.setattr(token_outputs, "SCORES_PER_PIECE", piece)
         losses = token_cross_entropy(scores, tokens, mask)
         (found,) = torch.autograd.grad((weights * losses).sum(), scores)
         torch.testing.assert_close(losses.double(), dense, rtol=1e-5, atol=0)

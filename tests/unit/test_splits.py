@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore.adapters.corpus import text_digest
-from gradstore.adapters.documents import Document
-from gradstore.adapters.packing import Packer
 from gradstore.adapters.protocol import Examples
-from gradstore.adapters.splits import split_examples
+from gradstore.adapters.text.corpus import text_digest
+from gradstore.adapters.text.packing import Packer
+from gradstore.adapters.text.records import Document
+from gradstore.adapters.text.splits import split_examples
 from gradstore.errors import DataError, SpecError
 from gradstore.spec import DataSection
 from gradstore.store.examples import Example, hash_inputs
-from tests.texts import CharacterEncoder, spell
+from tests.texts import CharacterEncoder, Echo, spell
 
 ONE_EACH = {"train": 1, "learn": 1, "eval": 1}
 
@@ -36,7 +36,7 @@ def _split(source: str, splits: Mapping[str, Any], *, seed: int = 0, **shared: A
     tables = {name: value if isinstance(value, Mapping) else {"rows": value} for name, value in splits.items()}
     defaults = {"source": source, "id": "id", "label": "label", "shuffle": False, "length": 8}
     data = DataSection.model_validate({**defaults, **shared, **tables})
-    return split_examples(data, seed, CharacterEncoder())
+    return split_examples(data, seed, CharacterEncoder(), Echo())
 
 
 def _spell(examples: Sequence[Example]) -> list[str]:
@@ -104,7 +104,7 @@ def test_documents_are_deduplicated_before_they_are_split_and_the_dropped_are_re
     (facts,) = examples.facts.sources
     assert (facts.documents, facts.duplicates, facts.alike, facts.empty) == (9, 3, 1, 1)
     assert examples.facts.describe() == (
-        f"9 documents read from {source}; dropped: 3 duplicates, 1 alike in all tokens that are read, 1 empty\n"
+        f"9 documents read from {source}; dropped: 3 duplicates, 1 alike in all tokens that are read, 1 empty (d2)\n"
         "rows: train 2, learn 1, eval 1"
     )
 
@@ -125,6 +125,7 @@ def test_documents_without_a_token_to_predict_are_dropped_and_counted(tmp_path: 
         ),
         0,
         _WithoutBegin(),
+        Echo(),
     )
 
     assert _spell_all(examples) == {"train": ["bc"], "learn": ["ef"], "eval": ["gh"]}
@@ -264,7 +265,7 @@ def test_joining_needs_a_token_that_ends_a_text(tmp_path: Path) -> None:
     )
 
     with pytest.raises(DataError, match=r"data\.train\.packing: no end"):
-        split_examples(data, 0, CharacterEncoder(has_end=False))
+        split_examples(data, 0, CharacterEncoder(has_end=False), Echo())
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=9), max_size=12), st.integers(1, 7))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gradstore.adapters.locations import resolve_location
+from gradstore.adapters.text.records import Document, RecordReader, resolve_form
 from gradstore.errors import DataError, SpecError
 from gradstore.spec import SplitSection
 
@@ -28,15 +29,6 @@ _COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
 _DATASET_FILES: Final = ("dataset_dict.json", "state.json")
 _FILES_AT_ONCE: Final = 64
 _ROWS_AT_ONCE: Final = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """One text of a source, with what the source calls it."""
-
-    document_id: str
-    text: str
-    label: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +57,20 @@ class DocumentReader:
         SpecError
             If the keys do not fit the format, or a package that reads it is not installed.
         DataError
-            If the source cannot be found or read, a column is missing, or a text is not text.
+            If the source cannot be found or read, a column is missing, or does not hold what it should.
         """
         location = resolve_location(self.split.source, f"{self.key}.source")
         kind = self.split.format if self.split.format != "auto" else self._detect(location)
         if kind == "datasets":
             return self._read_dataset(location)
         readers = {"text": self._read_text, "jsonl": self._read_jsonl, "parquet": self._read_parquet}
+        if kind not in readers:
+            raise SpecError(f"{self.key}.format: found {kind!r}; texts are read as {', '.join(readers)} or datasets.")
         return readers[kind](_Files.open(location, self.key, _SUFFIXES[kind]))
+
+    @property
+    def _records(self) -> RecordReader:
+        return RecordReader(split=self.split, key=self.key, form=resolve_form(self.split, self.key))
 
     def _detect(self, location: str) -> str:
         if "://" not in location and not Path(location).exists() and _may_be_hub_id(location):
@@ -90,21 +88,25 @@ class DocumentReader:
         return kinds[0]
 
     def _read_text(self, files: _Files) -> Iterator[Document]:
-        if self.split.label not in (None, FOLDER) or self.split.id is not None:
+        form = resolve_form(self.split, self.key)
+        if self.split.label not in (None, FOLDER) or self.split.id is not None or form != "text":
             raise SpecError(
-                f"{self.key}: text files have no columns. Found label = {self.split.label!r}, id = {self.split.id!r}; "
-                f"accepted: label = {FOLDER!r} (the folder's name) or no label, and no id (the path is the id)."
+                f"{self.key}: text files have no columns. Found label = {self.split.label!r}, id = {self.split.id!r}"
+                f"{'' if form == 'text' else f' and {form}'}; accepted: label = {FOLDER!r} (the folder's name) or no "
+                "label, no id (the path is the id), and neither prompt, completion nor messages."
             )
         for name, content in files.contents():
             label = (name.rpartition("/")[0] or files.root).rpartition("/")[2] if self.split.label else None
             yield Document(document_id=name, text=self._decode(content, name), label=label)
 
     def _read_jsonl(self, files: _Files) -> Iterator[Document]:
+        records = self._records
         for name, file in files.opened(compression="infer"):
             try:
                 for number, line in enumerate(file, start=1):
                     if text := self._decode(line, f"{name}, line {number}").strip():
-                        yield self._document(_parse_object(text, f"{self.key}: {name}, line {number}"), name, number)
+                        record = _parse_object(text, f"{self.key}: {name}, line {number}")
+                        yield records.document(record, name, number)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise DataError(f"{self.key}: {name} cannot be read: {error}.") from error
 
@@ -112,27 +114,28 @@ class DocumentReader:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        records = self._records
         for name, file in files.opened():
             try:
                 table = pq.ParquetFile(file)
-                self._require_columns(table.schema_arrow.names, name)
+                records.require_columns(table.schema_arrow.names, name)
                 row = 0
-                for batch in table.iter_batches(_ROWS_AT_ONCE, columns=self._columns()):
+                for batch in table.iter_batches(_ROWS_AT_ONCE, columns=records.columns()):
                     for record in batch.to_pylist():
-                        yield self._document(record, name, row)
+                        yield records.document(record, name, row)
                         row += 1
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{self.key}: {name} cannot be read as parquet: {error}.") from error
 
     def _read_dataset(self, location: str) -> Iterator[Document]:
-        dataset = self._open_dataset(location)
+        records, dataset = self._records, self._open_dataset(location)
         if dataset.column_names is not None:
-            self._require_columns(dataset.column_names, self.split.source)
+            records.require_columns(dataset.column_names, self.split.source)
         names = getattr((dataset.features or {}).get(self.split.label or ""), "names", None)
-        for row, record in enumerate(dataset.select_columns(self._columns())):
+        for row, record in enumerate(dataset.select_columns(records.columns())):
             if names is not None and record[self.split.label] is not None:
                 record[self.split.label] = names[record[self.split.label]]
-            yield self._document(record, self.split.split or "row", row)
+            yield records.document(record, self.split.split or "row", row)
 
     def _open_dataset(self, location: str) -> Any:
         try:
@@ -156,29 +159,6 @@ class DocumentReader:
                 f"{self.key}.split: found {self.split.split!r}; {self.split.source} has: {', '.join(map(str, opened))}."
             )
         return opened[self.split.split]
-
-    def _columns(self) -> list[str]:
-        columns = (self.split.text, self.split.label, self.split.id)
-        return list(dict.fromkeys(column for column in columns if column is not None))
-
-    def _require_columns(self, found: Sequence[str], where: str) -> None:
-        for option in ("text", "label", "id"):
-            column = getattr(self.split, option)
-            if column is not None and column not in found:
-                raise DataError(
-                    f"{self.key}.{option}: {where} has no column {column!r}; its columns are: {', '.join(found)}."
-                )
-
-    def _document(self, record: Mapping[str, Any], name: str, row: int) -> Document:
-        self._require_columns(list(record), f"{name}:{row}")
-        text, label = record[self.split.text], record[self.split.label] if self.split.label else None
-        if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"{self.key}.text: {self.split.text!r} of {name}:{row} is {type(text).__name__}, not text. "
-                f"Columns found: {', '.join(record)}."
-            )
-        identifier = f"{name}:{row}" if self.split.id is None else str(record[self.split.id])
-        return Document(document_id=identifier, text=text or "", label=None if label is None else str(label))
 
     def _decode(self, content: bytes, name: str) -> str:
         """Decode by the first of the split's encodings that fits; one that is just wrong may fit too, so order matters."""

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from gradstore.errors import DataError
+from gradstore.adapters.text.chat import render_chat
+from gradstore.adapters.text.encoding import Rendered
+from gradstore.adapters.text.records import Document
+from gradstore.errors import DataError, SpecError
 from gradstore.spec import content_hash
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ _PROBE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTokenizer:
-    """Texts to tokens and back; an `adapters.splits.TextEncoder`."""
+    """Texts to tokens and back; an `adapters.text.encoding.TextEncoder`."""
 
     tokenizer: PreTrainedTokenizerBase
     source: str
@@ -41,6 +44,34 @@ class TextTokenizer:
             verbose=False,
         )
         return [np.asarray(tokens, np.int32) for tokens in encoded["input_ids"]]
+
+    def locate(self, texts: Sequence[str], *, special: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the tokens of each text, and the characters [start, stop) they are of: [0, 0) for those added to it.
+
+        Raises
+        ------
+        SpecError
+            If the tokenizer cannot tell.
+        """
+        if not self.tokenizer.is_fast:
+            raise SpecError(
+                f"model.source: the tokenizer of {self.source} does not tell which characters a token is of, so prompts "
+                "cannot be told from completions. Use one with a tokenizer.json."
+            )
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        places = [np.asarray(row, np.int64).reshape(-1, 2) for row in encoded["offset_mapping"]]
+        return [(np.asarray(row, np.int32), place) for row, place in zip(encoded["input_ids"], places, strict=True)]
+
+    def render(self, document: Document, key: str) -> Rendered:
+        """Return a chat as the tokenizer's template renders it; see `render_chat`."""
+        return render_chat(self.tokenizer, document, key, self.source)
 
     def decode(self, tokens: np.ndarray) -> str:
         """Return the text that the tokens spell, without special tokens and without a character cut at the end."""
@@ -57,8 +88,8 @@ class TextTokenizer:
         end = self.tokenizer.eos_token_id
         if end is None:
             raise DataError(
-                f"{key}: documents are joined with an end-of-sequence token, and the tokenizer of {self.source} has none. "
-                'Use packing = "document", or a tokenizer that has one.'
+                f"{key}: joined documents and completions end with an end-of-sequence token, and the tokenizer of "
+                f'{self.source} has none. Use packing = "document" on texts, or a tokenizer that has one.'
             )
         return int(end)
 

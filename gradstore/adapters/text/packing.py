@@ -7,23 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
-from gradstore.adapters.documents import Document
+from gradstore.adapters.text.encoding import Encoded, TextEncoder, encode_documents
+from gradstore.adapters.text.records import Document, Form
 
 _DOCUMENTS_AT_ONCE: Final = 64
 SHORTEST: Final = 2
 """Tokens of the shortest row: one to be predicted, and one to predict it from."""
-
-
-class Encoder(Protocol):
-    """Turns texts into tokens; see `gradstore.adapters.tokenizer`."""
-
-    def encode(self, texts: Sequence[str], *, special: bool) -> list[np.ndarray]:
-        """Return the tokens of each text, with the special tokens the model expects around a text if asked for."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +29,8 @@ class Row:
         The document's id; for joined documents with ``@`` and the token of that document with which the row begins.
     tokens
         int32 [T].
+    predicted
+        bool [T]: which tokens count as predicted; None where all do.
     label
         The label that all documents of the row share, or None.
     documents
@@ -49,6 +44,7 @@ class Row:
     label: str | None
     documents: tuple[tuple[bytes, str], ...]
     text: str | None
+    predicted: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,28 +57,41 @@ class Packer:
         Digests of the documents' texts, and the documents.
     encoder
         What turns texts into tokens.
+    form
+        What the documents are; those that are joined are texts.
+    key
+        Where run.toml names the documents, for messages: ``data.train``.
+    length
+        Tokens of a document that every split reads; None for all.
     distinct
         Rows whose first ``distinct`` tokens an earlier row has are dropped: cut to that length they would be one example
         twice. None keeps them.
     counts
-        What was dropped: ``alike`` rows, and documents too ``short`` to predict a token.
+        What was dropped: ``alike`` rows, documents too ``short`` to predict a token, and those ``unpredicted`` of which
+        no token that counts lies within ``length``.
     """
 
     documents: Iterable[tuple[bytes, Document]]
-    encoder: Encoder
+    encoder: TextEncoder
+    form: Form = "text"
+    key: str = "data"
+    length: int | None = None
     distinct: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
     _seen: set[bytes] = field(default_factory=set, init=False)
 
     def separate(self) -> Iterator[Row]:
         """Yield one row per document, uncut."""
-        for digest, document, tokens in self._encoded(special=True):
-            if len(tokens) < SHORTEST:
+        for digest, document, encoded in self._encoded():
+            if len(encoded.tokens) < SHORTEST:
                 self.counts["short"] += 1
-            elif self._is_new(tokens):
+            elif encoded.predicted is not None and not encoded.predicted[1 : self.length].any():
+                self.counts["unpredicted"] += 1
+            elif self._is_new(encoded.tokens):
                 yield Row(
                     row_id=document.document_id,
-                    tokens=tokens,
+                    tokens=encoded.tokens,
+                    predicted=encoded.predicted,
                     label=document.label,
                     documents=((digest, document.document_id),),
                     text=document.text,
@@ -96,7 +105,7 @@ class Packer:
         """
         pieces: list[_Piece] = []
         held = rows = 0
-        for digest, document, tokens in self._encoded(special=False):
+        for digest, document, tokens in self._bare():
             ended = np.append(tokens, np.int32(end))
             start = 0
             while start < len(ended):
@@ -125,12 +134,24 @@ class Packer:
         self._seen.add(beginning)
         return True
 
-    def _encoded(self, *, special: bool) -> Iterator[tuple[bytes, Document, np.ndarray]]:
+    def _encoded(self) -> Iterator[tuple[bytes, Document, Encoded]]:
+        for batch in self._batches():
+            documents = [document for _, document in batch]
+            encoded = encode_documents(documents, self.form, self.encoder, self.key)
+            for (digest, document), row in zip(batch, encoded, strict=True):
+                yield digest, document, row
+
+    def _bare(self) -> Iterator[tuple[bytes, Document, np.ndarray]]:
+        """The tokens of texts without special ones around them."""
+        for batch in self._batches():
+            encoded = self.encoder.encode([document.text for _, document in batch], special=False)
+            for (digest, document), tokens in zip(batch, encoded, strict=True):
+                yield digest, document, tokens
+
+    def _batches(self) -> Iterator[list[tuple[bytes, Document]]]:
         remaining = iter(self.documents)
         while batch := list(islice(remaining, _DOCUMENTS_AT_ONCE)):
-            tokens = self.encoder.encode([document.text for _, document in batch], special=special)
-            for (digest, document), row in zip(batch, tokens, strict=True):
-                yield digest, document, row
+            yield batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

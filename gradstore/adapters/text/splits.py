@@ -6,41 +6,28 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
-import numpy as np
-
-from gradstore.adapters.corpus import Corpus
-from gradstore.adapters.documents import DocumentReader
-from gradstore.adapters.packing import Encoder, Packer, Row
 from gradstore.adapters.protocol import Examples, Facts, SourceFacts
+from gradstore.adapters.text.corpus import Corpus
+from gradstore.adapters.text.documents import DocumentReader
+from gradstore.adapters.text.encoding import PREDICTED, TOKENS, TextEncoder
+from gradstore.adapters.text.generation import Writer, generated_rows, resolve_generation
+from gradstore.adapters.text.packing import Packer, Row
+from gradstore.adapters.text.records import resolve_form
 from gradstore.errors import DataError, SpecError
 from gradstore.spec import DataSection, SplitSection
 from gradstore.store.examples import Example, hash_inputs
 
-TOKENS: Final = "tokens"
-"""The input of a text example: int32 [T]."""
-
-_READING: Final = ("format", "encoding", "text", "label", "id", "packing")
+_READING: Final = ("format", "encoding", "text", "prompt", "completion", "messages", "label", "id", "packing")
 
 
-class TextEncoder(Encoder, Protocol):
-    """Turns texts into tokens and back."""
-
-    def decode(self, tokens: np.ndarray) -> str:
-        """Return the text that the tokens spell."""
-        ...
-
-    def end_token(self, key: str) -> int:
-        """Return the token that ends a text."""
-        ...
-
-
-def split_examples(data: DataSection, seed: int, encoder: TextEncoder) -> Examples:
+def split_examples(data: DataSection, seed: int, encoder: TextEncoder, writer: Writer) -> Examples:
     """Read, deduplicate, order, tokenise and split the documents of [data].
 
     Rows of a source are documents, or the rows cut from joined documents, counted after duplicates, empty and too short
-    documents are gone. A split takes the rows that `DataSection.ranges` gives it.
+    documents are gone. A split takes the rows that `DataSection.ranges` gives it. Of a split with a table ``generate``
+    the rows are prompts, which ``writer`` continues; they may be those of data.train.
 
     Raises
     ------
@@ -49,10 +36,13 @@ def split_examples(data: DataSection, seed: int, encoder: TextEncoder) -> Exampl
     DataError
         If the source cannot be read, has fewer rows than declared, or two splits hold the same text.
     """
-    ranges = data.ranges()
+    ranges, splits = data.ranges(), data.splits()
+    generations = {name: resolve_generation(split, f"data.{name}") for name, split in splits.items()}
+    prompted = [name for name, generation in generations.items() if generation and generation.prompts == "train"]
     sources: dict[tuple[str | None, ...], list[str]] = {}
-    for name, split in data.splits().items():
-        sources.setdefault(split.origin, []).append(name)
+    for name, split in splits.items():
+        if name not in prompted:
+            sources.setdefault(split.origin, []).append(name)
     rows: dict[str, list[Row]] = {}
     facts = []
     for names in sources.values():
@@ -60,14 +50,19 @@ def split_examples(data: DataSection, seed: int, encoder: TextEncoder) -> Exampl
         taken, found = source.take(encoder)
         rows |= taken
         facts.append(found)
-    splits = {
-        name: [_example(row, split.source, split.length, encoder) for row in rows[name]]
-        for name, split in data.splits().items()
+    rows |= {name: _rows_of_train(rows["train"], name, ranges[name]) for name in prompted}
+    for name, generation in generations.items():
+        if generation is not None:
+            rows[name] = list(generated_rows(rows[name], generation, splits[name].length, f"data.{name}", writer))
+    origins = {name: data.train.source if name in prompted else split.source for name, split in splits.items()}
+    examples = {
+        name: [_example(row, origins[name], split.length, encoder) for row in rows[name]]
+        for name, split in splits.items()
     }
-    _refuse_overlap(data, rows, splits)
+    _refuse_overlap(origins, rows, examples, prompted)
     return Examples(
-        splits=splits,
-        facts=Facts(sources=tuple(facts), rows={name: len(examples) for name, examples in splits.items()}),
+        splits=examples,
+        facts=Facts(sources=tuple(facts), rows={name: len(found) for name, found in examples.items()}),
     )
 
 
@@ -107,6 +102,8 @@ class _Source:
             alike=counts["alike"],
             empty=counts["empty"],
             short=counts["short"],
+            unpredicted=counts["unpredicted"],
+            first_empty=tuple(corpus.empty),
         )
         self._refuse_too_few(taken, available, facts)
         _refuse_equal_ids(taken, self._key(), split)
@@ -120,6 +117,9 @@ class _Source:
         packer = Packer(
             documents=documents,
             encoder=encoder,
+            form=resolve_form(split, self._key()),
+            key=self._key(),
+            length=shortest,
             distinct=shortest if self.data.deduplicate else None,
             counts=corpus.counts,
         )
@@ -160,6 +160,17 @@ class _Source:
                 )
 
 
+def _rows_of_train(rows: Sequence[Row], name: str, bounds: tuple[int, int | None]) -> list[Row]:
+    start, stop = bounds
+    assert stop is not None, "a split that is generated says how many rows it has"
+    if stop > len(rows):
+        raise DataError(
+            f"data.{name}.rows: prompts [{start:,}, {stop:,}) of data.train are declared, but it has {len(rows):,} rows. "
+            "Declare fewer."
+        )
+    return list(rows[start:stop])
+
+
 def _refuse_equal_ids(taken: Mapping[str, list[Row]], key: str, split: SplitSection) -> None:
     seen: set[str] = set()
     for row in (row for rows in taken.values() for row in rows):
@@ -172,27 +183,35 @@ def _refuse_equal_ids(taken: Mapping[str, list[Row]], key: str, split: SplitSect
 
 
 def _refuse_overlap(
-    data: DataSection, rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Sequence[Example]]
+    sources: Mapping[str, str],
+    rows: Mapping[str, Sequence[Row]],
+    examples: Mapping[str, Sequence[Example]],
+    prompted: Sequence[str],
 ) -> None:
-    """The three splits have disjoint roles (docs/math.md): a text in two of them would attribute a query to itself."""
+    """The three splits have disjoint roles (docs/math.md): a text in two of them would attribute a query to itself.
+
+    Splits in ``prompted`` begin as training examples do, on purpose.
+    """
     seen: dict[bytes | str, tuple[str, str]] = {}
     overlaps: list[tuple[str, str, str, str]] = []
-    for name in data.splits():
+    for name in sources:
         for row, example in zip(rows[name], examples[name], strict=True):
-            keys: list[tuple[bytes | str, str]] = [*row.documents, (example.content_hash, example.example_id)]
+            # Of the tokens alone: which of them count as predicted does not make another text.
+            digest = hash_inputs({TOKENS: example.inputs[TOKENS]})
+            keys: list[tuple[bytes | str, str]] = [*row.documents, (digest, example.example_id)]
             for key, document in keys:
                 other, its_document = seen.setdefault(key, (name, document))
-                if other != name:
+                if other != name and not (name in prompted and other == "train"):
                     overlaps.append((name, document, other, its_document))
                     break
     if overlaps:
         name, document, other, its_document = overlaps[0]
-        splits = data.splits()
-        sources_differ = splits[name].source != splits[other].source
-        advice = "take them out of one of the sources" if sources_differ else "set data.deduplicate = true"
+        advice = "set data.deduplicate = true"
+        if sources[name] != sources[other]:
+            advice = "take them out of one of the sources"
         raise DataError(
-            f"data.{name}: {document} of {splits[name].source} equals {its_document} of "
-            f"{splits[other].source} in data.{other}, as far as it is read; there are {len(overlaps):,} such examples. "
+            f"data.{name}: {document} of {sources[name]} equals {its_document} of "
+            f"{sources[other]} in data.{other}, as far as it is read; there are {len(overlaps):,} such examples. "
             f"The splits must not overlap: {advice}."
         )
 
@@ -200,6 +219,8 @@ def _refuse_overlap(
 def _example(row: Row, source: str, length: int, encoder: TextEncoder) -> Example:
     tokens = row.tokens[:length]
     inputs = {TOKENS: tokens}
+    if row.predicted is not None:
+        inputs[PREDICTED] = row.predicted[:length]
     whole = row.text is not None and len(tokens) == len(row.tokens)
     return Example(
         example_id=row.row_id,

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gradstore.adapters.documents import Document
+from gradstore.adapters.text.records import Document
 from gradstore.errors import DataError
 
 DIGEST_BYTES = 16
+# Documents that are left out and told by name.
+NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class Corpus:
         order of files. Otherwise documents stream in the source's own order.
     counts
         What was met so far: ``documents``, ``duplicates``, ``empty``.
+    empty
+        The ids of the first documents that are empty.
     """
 
     source: str
@@ -44,6 +48,7 @@ class Corpus:
     deduplicate: bool
     shuffle: bool
     counts: Counter[str] = field(default_factory=Counter)
+    empty: list[str] = field(default_factory=list)
 
     def ordered(self, expected: int | None) -> Iterator[tuple[bytes, Document]]:
         """Yield (digest of the normalised text, document) in the order in which splits take them.
@@ -74,6 +79,8 @@ class Corpus:
             digest = text_digest(document.text, self.seed)
             if digest is None:
                 self.counts["empty"] += 1
+                if len(self.empty) < NAMED:
+                    self.empty.append(document.document_id)
             else:
                 yield ordinal, digest, document
 

@@ -1,0 +1,1 @@
+"""Models: where they and their weights come from, what lies on top of them, and in what precision they run."""
