@@ -115,6 +115,11 @@ def update_gram(gram_DD: Float64[np.ndarray, "D D"], features_ND: Float32[np.nda
         gram_DD += piece_ND.T @ piece_ND
 
 
+def zero_invalid(features_ND: Float32[np.ndarray, "N D"]) -> None:
+    """Set rows that are not valid, which hold NaN, to 0 in place: they add nothing to a Gram matrix or a product."""
+    features_ND[~np.isfinite(features_ND).all(1)] = 0
+
+
 def spectrum(gram_DD: Float64[np.ndarray, "D D"]) -> Spectrum:
     """Eigenvalues, raised to 0 where rounding made them negative, and eigenvectors of a Gram matrix, both float64.
 

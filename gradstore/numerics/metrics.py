@@ -1,4 +1,4 @@
-"""How good an attribution is: label precision, which is about topics, and tail-patch, which is about effect."""
+"""How good an attribution is: label precision, which is about topics; tail-patch and LDS, which are about effect."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from gradstore.errors import DataError, SpecError
@@ -24,6 +24,15 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+class DatamodelingScore(NamedTuple):
+    """The linear datamodeling score of every query, and their mean."""
+
+    mean: float
+    """NaN where that of a query is."""
+    correlations: Float64[np.ndarray, " Q"]
+    """In [-1, 1]; NaN of a query without a rank correlation."""
 
 
 def precision_at_k(ranked_labels: Sequence[str | None], label: str, *, k: int) -> float:
@@ -120,6 +129,56 @@ def tail_patch(
     return 100 * (after - before) / abs(before)
 
 
+def linear_datamodeling_score(
+    scores_QN: Float[np.ndarray, "Q N"],
+    masks_SN: Bool[np.ndarray, "S N"],
+    actual_SQ: Float[np.ndarray, "S Q"],
+) -> DatamodelingScore:
+    r"""How well scores predict what models output that were trained on subsets of the training examples (LDS).
+
+    .. math:: \mathrm{LDS}_q = \rho_s \Big(f(q; \theta_s), \; \sum_{n \in s} S[q, n]\Big)
+
+    with rho_s Spearman's rank correlation over the subsets s (arXiv 2506.05647, eq. 8-9). Ranks of equal values are
+    averaged. Where the outputs of a query do not vary, or the predictions do not but for rounding, there is no
+    correlation: that is NaN, and so is the mean. A query left out of the mean in silence would favour a method that
+    scores nothing for hard queries, so that is for the caller to do and to tell.
+
+    Parameters
+    ----------
+    scores_QN
+        Score of every training example for every query; positive is a proponent.
+    masks_SN
+        True where an example is in a subset.
+    actual_SQ
+        What the model retrained on each subset outputs for every query, larger is better: minus a loss; margins and
+        log-probabilities as they are.
+
+    Raises
+    ------
+    DataError
+        If there is no query, there are fewer than two subsets, or a score or an output is not finite.
+    """
+    if len(masks_SN) < 2 or len(scores_QN) < 1:
+        raise DataError(
+            f"LDS: found {len(masks_SN)} subsets and {len(scores_QN)} queries; it needs at least 2 subsets and a query."
+        )
+    for name, values in (("scores", scores_QN), ("actual outputs", actual_SQ)):
+        if strange := int(np.count_nonzero(~np.isfinite(values))):
+            raise DataError(
+                f"LDS: {strange:,} of {values.size:,} {name} are not finite. Leave out their queries, or the training "
+                "examples and models they come from."
+            )
+    wide_QN = scores_QN.astype(np.float64)
+    predicted_QS = wide_QN @ masks_SN.T.astype(np.float64)
+    # Sums of equal scores in another order differ in their last bits, which must not become ranks.
+    rounding_Q = wide_QN.shape[1] * np.finfo(np.float64).eps * np.abs(wide_QN).sum(1)
+    predicted_QS[np.ptp(predicted_QS, axis=1) <= rounding_Q] = 0
+    correlations_Q = np.array(
+        [_rank_correlation(*pair) for pair in zip(predicted_QS, actual_SQ.T, strict=True)], np.float64
+    )
+    return DatamodelingScore(float(correlations_Q.mean()), correlations_Q)
+
+
 def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
     """Mean over queries with its 95 % percentile bootstrap interval (2,000 resamples of the queries).
 
@@ -135,6 +194,20 @@ def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
     resampled = values_Q[(draws % np.uint64(len(values_Q))).astype(np.int64)].reshape(RESAMPLES, -1)
     low, high = np.quantile(resampled.mean(1), [0.025, 0.975])
     return Interval(float(values_Q.mean()), float(low), float(high))
+
+
+def _rank_correlation(first_S: Float[np.ndarray, " S"], second_S: Float[np.ndarray, " S"]) -> float:
+    """Spearman's correlation, with ranks of equal values averaged; NaN where one side does not vary."""
+    centred = [_average_ranks(values) - (len(values) + 1) / 2 for values in (first_S, second_S)]
+    norm = math.prod(float(np.linalg.norm(ranks)) for ranks in centred)
+    return float(centred[0] @ centred[1]) / norm if norm > 0 else math.nan
+
+
+def _average_ranks(values_S: Float[np.ndarray, " S"]) -> Float64[np.ndarray, " S"]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, places_S, counts = np.unique(values_S, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[places_S]
 
 
 def _log_probability(
@@ -176,4 +249,4 @@ def _sgd(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Op
 
 
 OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd}
-METRICS = {"precision": precision_at_k, "tail_patch": tail_patch}
+METRICS = {"precision": precision_at_k, "tail_patch": tail_patch, "lds": linear_datamodeling_score}

@@ -21,7 +21,9 @@ def main() -> None:
         for row in benchmark.rows():
             rows.append({**row, "machine": machine})
             met = row["ratio"] <= row["target"] if row["better"] == "lower" else row["ratio"] >= row["target"]
-            print(f"{row['name']:<32} {row['ratio']:.3f}  target {row['target']:.2f}  {'met' if met else 'MISSED'}")
+            seen = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row.get("peers", {}).items())
+            verdict = "met" if met else "MISSED"
+            print(f"{row['name']:<32} {row['ratio']:.3f}  target {row['target']:.2f}  {verdict:<6}  {seen}", flush=True)
     path = Path("runs") / "bench.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -9,20 +9,23 @@ alternate in one process on one thread; a ratio is the median over the rounds of
 from __future__ import annotations
 
 import gc
+import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradstore.groups import partition
-from gradstore.numerics.gradients import FeatureExtractor, supported_layers
+from gradstore.groups import Grouping, partition
+from gradstore.numerics.gradients import FeatureExtractor, model_parameters
 from gradstore.numerics.outputs import token_cross_entropy
-from gradstore.numerics.projection import Logra
+from gradstore.numerics.projection import Dense, Logra, Projection
 
 SEED_OF_MODEL, SEED_OF_DATA = 1234, 4321
 
@@ -73,34 +76,76 @@ WORKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One way to take features, the limit it must keep, and its name in runs/bench.json."""
+    """One way to take features, the limit it must keep, its name in runs/bench.json, and what peers were seen to reach."""
 
-    rank: int
-    precision: str
+    name: str
+    projection: Projection
     target: float
-
-    def name(self, work: str) -> str:
-        """Name of the row."""
-        return f"featurize-{work}-r{self.rank}-{self.precision}"
+    precision: str = "float32"
+    peers: Mapping[str, float] = field(default_factory=dict)
 
 
 MEASURED = {
     "w1": [
-        Measured(rank=16, precision="float32", target=0.76),
-        Measured(rank=64, precision="float32", target=0.79),
-        Measured(rank=16, precision="bfloat16", target=0.30),
+        Measured(
+            name="featurize-w1-r16-float32",
+            projection=Logra(rank=16),
+            target=0.76,
+            peers={
+                "LogIX 0.1.1": 0.75,
+                "dattri 0.3.0": 0.84,
+                "bergson 2.5.1": 0.85,
+                "forward and input gradients": 0.73,
+            },
+        ),
+        Measured(
+            name="featurize-w1-r64-float32",
+            projection=Logra(rank=64),
+            target=0.79,
+            peers={"LogIX 0.1.1": 0.78, "bergson 2.5.1": 0.84},
+        ),
+        Measured(
+            name="featurize-w1-r16-bfloat16",
+            projection=Logra(rank=16),
+            precision="bfloat16",
+            target=0.30,
+            peers={"plain in bfloat16": 0.33},
+        ),
     ],
     "w2": [
-        Measured(rank=16, precision="float32", target=0.80),
-        Measured(rank=64, precision="float32", target=0.84),
+        Measured(
+            name="featurize-w2-r16-float32",
+            projection=Logra(rank=16),
+            target=0.80,
+            peers={
+                "LogIX 0.1.1": 0.81,
+                "dattri 0.3.0": 0.91,
+                "bergson 2.5.1": 0.88,
+                "forward and input gradients": 0.79,
+            },
+        ),
+        Measured(
+            name="featurize-w2-r64-float32",
+            projection=Logra(rank=64),
+            target=0.84,
+            peers={"LogIX 0.1.1": 1.10, "bergson 2.5.1": 0.93},
+        ),
+        Measured(
+            name="dense-2048",
+            projection=Dense(features=2048),
+            target=5.0,
+            peers={"the product alone": 3.4, "TRAK's CPU projector": 27.0},
+        ),
     ],
 }
+MEMORY_TARGET = 1.05
 
 
 def rows(*, rounds: int = 3) -> list[dict[str, Any]]:
     """Measure every row and return {name, ratio, target, better}, with the ratios of single rounds beside."""
     with _one_thread():
-        return [row for work in WORKS for row in _rows_of_work(work, rounds)]
+        timed = [row for work in WORKS for row in _rows_of_work(work, rounds)]
+    return [*timed, _memory_row()]
 
 
 def _rows_of_work(name: str, rounds: int) -> list[dict[str, Any]]:
@@ -108,22 +153,47 @@ def _rows_of_work(name: str, rounds: int) -> list[dict[str, Any]]:
     model, batches = work.model(), work.batches()
     passes: dict[str, Callable[[], None]] = {"plain": lambda: _plain(model, batches)}
     for measured in MEASURED[name]:
-        passes[measured.name(name)] = _features(model, batches, measured)
+        passes[measured.name] = _features(model, batches, measured)
     seconds = _alternate(passes, rounds)
     return [
         {
-            "name": measured.name(name),
-            "ratio": round(_ratio(seconds[measured.name(name)], seconds["plain"]), 3),
+            "name": measured.name,
+            "ratio": round(_ratio(seconds[measured.name], seconds["plain"]), 3),
             "target": measured.target,
             "better": "lower",
             "rounds": [
-                round(ours / plain, 3)
-                for ours, plain in zip(seconds[measured.name(name)], seconds["plain"], strict=True)
+                round(ours / plain, 3) for ours, plain in zip(seconds[measured.name], seconds["plain"], strict=True)
             ],
             "plain_cpu_seconds": round(statistics.median(seconds["plain"]), 3),
+            "peers": dict(measured.peers),
         }
         for measured in MEASURED[name]
     ]
+
+
+def _memory_row() -> dict[str, Any]:
+    """Peak resident memory of a process that takes features of one batch of W1, against one that trains on it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        plain, ours = (pool.submit(_peak_bytes, features=features).result() for features in (False, True))
+    return {
+        "name": "featurize-w1-memory",
+        "ratio": round(ours / plain, 3),
+        "target": MEMORY_TARGET,
+        "better": "lower",
+        "bytes": {"features": ours, "plain": plain},
+    }
+
+
+def _peak_bytes(*, features: bool) -> int:
+    torch.set_num_threads(1)
+    work = WORKS["w1"]
+    model, batches = work.model(), work.batches()
+    for _ in range(2):
+        if features:
+            _features(model, batches, MEASURED["w1"][0])()
+        else:
+            _plain(model, batches)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _losses(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -138,15 +208,14 @@ def _plain(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def _features(model: nn.Module, batches: list[Tensor], measured: Measured) -> Callable[[], None]:
-    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    groups = partition(supported_layers(model), parameters, heads=("lm_head",)).groups
-    extractor = FeatureExtractor(model, groups, Logra(rank=measured.rank), seed=0)
+    groups = partition(model_parameters(model, ("lm_head",)), Grouping()).groups
+    extractor = FeatureExtractor(model, groups, measured.projection, seed=0)
     halved = measured.precision == "bfloat16"
 
     def extract() -> None:
         for tokens in batches:
             with torch.autocast("cpu", torch.bfloat16, enabled=halved):
-                extractor(lambda tokens=tokens: _losses(model, tokens))  # type: ignore[misc]
+                extractor(lambda tokens=tokens: _losses(model, tokens), examples=len(tokens))  # type: ignore[misc]
 
     return extract
 

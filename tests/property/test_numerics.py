@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gradstore.groups import Grouping
 from gradstore.numerics.contributions import contributions
 from gradstore.numerics.gradients import FeatureExtractor
 from gradstore.numerics.kernel import update_gram
@@ -23,13 +24,13 @@ class Language:
     """A language model and its extractor, made once for all examples that hypothesis draws."""
 
     def __init__(self, kind: str) -> None:
-        case = language_case(kind)
+        case = language_case(kind, Grouping())
         self.model = case.model
         self.extractor = FeatureExtractor(case.model, case.groups, Logra(rank=4), seed=0)
 
     def features(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        _, features = self.extractor(lambda: language_outputs(self.model, tokens, mask))
-        return torch.stack(list(features.values()), 1)
+        found = self.extractor(lambda: language_outputs(self.model, tokens, mask), examples=len(tokens))
+        return torch.stack(list(found.features.values()), 1)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
