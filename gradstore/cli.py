@@ -86,6 +86,25 @@ def plan(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
+def doctor(
+    run: Run,
+    examples: Annotated[int, typer.Option("--examples", min=2, help="How many examples to look through.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Check a run on a few examples: gradients against autograd, batches, coverage, speed, memory; and forecast it."""
+    from gradstore.spec import read_spec
+    from gradstore.stages.doctor import doctor as stage
+    from gradstore.stages.doctor import render_diagnosis
+
+    found = stage(read_spec(run), examples)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        _print(render_diagnosis(found))
+    found.refuse_failed()
+
+
+@app.command()
 def featurize(run: Run, quiet: Quiet = False) -> None:
     """Stream the gradient features of every split into the store."""
     from gradstore.stages.featurize import featurize as stage

@@ -10,6 +10,7 @@
     │   ├── ObjectMissingError   one named object is not there
     │   └── IntegrityError       one named object is not what its checksum says
     ├── TaskError           a task failed after its retries: run the same command again to resume
+    ├── DoctorError         doctor found that the run's numbers would be wrong: mend what it names
     └── StoppedError        the user stopped it: run the same command again to resume
 
 A message says what was found, where, and what to change. ``exit_code`` is what the command line returns.
@@ -74,6 +75,12 @@ class TaskError(GradstoreError):
     """A task failed after its retries; what was committed stays."""
 
     exit_code = 8
+
+
+class DoctorError(GradstoreError):
+    """A check of `gradstore doctor` failed: what the run would compute cannot be trusted, or it would not end."""
+
+    exit_code = 9
 
 
 class StoppedError(GradstoreError):

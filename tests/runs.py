@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradstore.cluster import Task
 from tests.models import make_tiny_model
 
 TOPICS = {
@@ -48,10 +49,14 @@ def make_run(folder: Path, store: str, changes: Mapping[str, Mapping[str, Any]] 
     }
     for table, values in (*SETTINGS.items(), *(changes or {}).items()):
         tables.setdefault(table, {}).update(values)
+    return write_run(folder / "run.toml", tables)
+
+
+def write_run(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write the tables of a run.toml; return its path."""
     lines = []
     for table, values in tables.items():
         lines += [f"[{table}]", *(f"{key} = {toml(value)}" for key, value in values.items()), ""]
-    path = folder / "run.toml"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
@@ -70,7 +75,17 @@ def toml(value: Any) -> str:
     """A value as TOML spells it."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value)
+
+
+class InThisProcess:
+    """An engine without a cluster."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        for task in tasks:
+            yield task, task.function(*task.arguments)
 
 
 def gradstore(

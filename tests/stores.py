@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import Record
-from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore, SetInfo
+from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo
 
 CONTRACT = {"model": {"hash": "abc", "source": "tiny"}, "projection": {"kind": "logra", "rank": 2}}
 RUN = {"run": {"name": "test"}}
@@ -35,8 +35,7 @@ def set_info(
             scale=2.0 ** (index - 4) if dtype == "float16" else 1.0,
             depth=index,
             function="mlp",
-            out_features=8,
-            in_features=8,
+            parts=(FeaturePart(part=f"{group}.weight[0:8,0:8]", start=0, shape=(width // 2, 2)),),
         )
         for index, (group, width) in enumerate(groups.items())
     )

@@ -30,6 +30,7 @@ from gradstore.plan.sizes import (
     SetPlan,
     Sizes,
     StagePlan,
+    Widths,
     gigabytes,
 )
 from gradstore.plan.stages import stage_plans
@@ -38,6 +39,9 @@ from gradstore.spec import SPLITS, RunSpec
 if TYPE_CHECKING:
     from gradstore.numerics.kernel import Kernel
     from gradstore.numerics.projection import Projection
+    from gradstore.store.examples import Example
+
+    Splits = Mapping[str, Sequence[Example]]
 
 # What a file takes on a disk beside its array's bytes: half a page of 4 KiB, and its part of records, metadata and tables.
 # The quickstart's 6,900 files take 9 KB each.
@@ -45,7 +49,7 @@ FILE_BYTES = 9_000
 # What to lower where a stage's tasks do not fit a worker, or its work the process that runs it.
 LOWER = {
     "featurize": "features.token_budget, features.block_rows or the projection's rank",
-    "kernel": "the projection's rank",
+    "kernel": 'the projection\'s rank or features, or set kernel.kind = "identity"',
     "contribute": "data.learn.rows, data.eval.rows, features.block_rows or the projection's rank",
     "score": "score.tail_patch.k, or set score.tail_patch.queries = 0",
 }
@@ -97,15 +101,16 @@ class Plan:
         }
 
 
-def make_plan(spec: RunSpec, rows: Mapping[str, int] | None = None) -> Plan:
+def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     """Plan a run.
 
     Parameters
     ----------
     spec
         The run.
-    rows
-        Rows of every split where the data has been read; else those that [data.*] declares, else the data is read now.
+    splits
+        The examples of every split where the data has been read. Else rows and lengths are those that [data.*] declares; and
+        where it does not, or the adapter knows no length, the data is read now.
 
     Raises
     ------
@@ -116,15 +121,23 @@ def make_plan(spec: RunSpec, rows: Mapping[str, int] | None = None) -> Plan:
     """
     adapter = make_adapter(spec)
     projection, kernel = resolve_projection(spec), resolve_kernel(spec)
-    model = model_shape(adapter, adapter.load("meta"), spec)
-    rows = rows or _declared_rows(spec, adapter)
-    if spec.learn.k > rows["train"]:
-        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {rows['train']:,} rows of data.train.")
-    widths = [projection.width(group) for group in model.partition.groups]
-    sizes = Sizes(spec, model, widths, resolve_device(spec))
-    sets = {name: sizes.set_plan(name, rows[name]) for name in SPLITS}
+    shapes = None if splits is not None else _declared(spec, adapter)
+    if shapes is None:
+        splits = adapter.examples().splits if splits is None else splits
+        shapes = {name: (len(rows), max(example.size for example in rows)) for name, rows in splits.items()}
+    if spec.learn.k > shapes["train"][0]:
+        raise SpecError(
+            f"learn.k: found {spec.learn.k}; accepted: at most the {shapes['train'][0]:,} rows of data.train."
+        )
+    text = adapter.longest("train") is not None
+    model = model_shape(adapter, adapter.load("meta"), spec, None if text or splits is None else splits["train"][0])
+    widths = Widths.of(projection, model.partition.groups)
+    sizes = Sizes(spec, model, widths.stored, resolve_device(spec))
+    sets = {name: sizes.set_plan(name, *shapes[name]) for name in SPLITS}
     memory = TaskMemory(spec, model, widths)
-    stages = stage_plans(spec, widths, sets, memory, spectra=kernel.needs_spectra)
+    # Lengths are declared of texts only.
+    texts = splits is None or any(example.text for example in splits["eval"])
+    stages = stage_plans(spec, widths, sets, memory, spectra=kernel.needs_spectra, texts=texts)
     plan = Plan(
         partition=model.partition,
         projection=projection,
@@ -140,11 +153,15 @@ def make_plan(spec: RunSpec, rows: Mapping[str, int] | None = None) -> Plan:
     return plan
 
 
-def _declared_rows(spec: RunSpec, adapter: Adapter) -> dict[str, int]:
-    declared = {name: section.rows for name, section in spec.data.splits().items()}
-    if all(count is not None for count in declared.values()):
-        return {name: count for name, count in declared.items() if count is not None}
-    return {name: len(rows) for name, rows in adapter.examples().splits.items()}
+def _declared(spec: RunSpec, adapter: Adapter) -> dict[str, tuple[int, int]] | None:
+    """(rows, tokens of the longest example) of every split where run.toml tells both of all."""
+    found = {}
+    for name, section in spec.data.splits().items():
+        longest = adapter.longest(name)
+        if section.rows is None or longest is None:
+            return None
+        found[name] = (section.rows, longest)
+    return found
 
 
 def _refuse_wide_chunks(spec: RunSpec, plan: Plan) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from gradstore.plan.resolve import ModelShape
-from gradstore.plan.sizes import ITEM_BYTES, RANKED_ROWS, SetPlan, kernel_bundles, split
+from gradstore.plan.sizes import AUTO_TOKEN_BUDGET, ITEM_BYTES, RANKED_ROWS, SetPlan, Widths, kernel_bundles, split
 from gradstore.spec import RunSpec
 
 # Python, torch, transformers, pyarrow, zarr, distributed and the code of a model, as resident memory: 520 to 795 MiB once
@@ -23,7 +23,9 @@ PROCESS_BYTES: Final = 900 * 2**20
 # residuals, norms and activations come on top of the outputs, of which some are not kept. SmolLM2-135M takes 2.5 in
 # float32 and 2.6 in bfloat16.
 LAYER_OUTPUTS: Final = 2.75
-# Float32 pieces of the cross-entropy and their exponentials (numerics/outputs.py).
+# The same in units of the outputs of all modules, where those were counted; the patches of a convolution come on top.
+COUNTED_OUTPUTS: Final = 1.5
+# Float32 pieces of the cross-entropy and their exponentials (numerics/outputs/tokens.py).
 LOSS_BYTES: Final = 3 * 16 * 2**20
 # AdamW's two moments of one tensor and its two temporaries; the first to be stepped meets the gradients of all.
 STEP_TENSORS: Final = 4
@@ -45,41 +47,53 @@ class TaskMemory:
     model
         Names and shapes of the model.
     widths
-        k_j, the features of every group.
+        Features of every group.
     """
 
-    def __init__(self, spec: RunSpec, model: ModelShape, widths: Sequence[int]) -> None:
+    def __init__(self, spec: RunSpec, model: ModelShape, widths: Widths) -> None:
         self._spec = spec
         self._model = model
         self._groups = model.partition.groups
-        self._widths = widths
-        self._features = sum(widths)
+        self._widths = widths.stored
+        self._full = widths.full
+        self._components = widths.components
+        self._features = sum(widths.stored)
         self._weights = 4 * model.partition.total_parameters
 
     def featurize(self, sets: Sequence[SetPlan]) -> int:
-        """Weights, what the tokens of one batch keep alive, and the features of one block.
+        """Weights, what the tokens of one batch keep alive, and the features of two blocks.
 
-        Features are held twice, as the last batch's and the block's; norms take one group in float64.
+        Features are held as the last batch's, the block's, and the last block's while it is written; norms take one group
+        in float64, and covariances as much as two squares of every side of a group's features. Of rank-c factors the whole
+        matrices are held too, of the last batch, and of one group for its norms.
         """
-        tokens = max(self._spec.features.token_budget, *(planned.length for planned in sets))
+        tokens = self._tokens(sets)
         rows = max(planned.block_rows for planned in sets)
-        block = 8 * rows * self._features + self._chunks(sets) + 8 * rows * max(self._widths)
+        block = 12 * rows * self._features + self._chunks(sets) + 8 * rows * max(self._full)
+        block += 4 * rows * (sum(self._full) + max(self._full)) if self._full != self._widths else 0
+        block += 32 * self._features if self._spec.features.covariances else 0
         projectors = sum(
-            4 * math.isqrt(width) * (group.out_features + group.in_features)
+            4 * math.isqrt(width) * (part.out_features + part.in_features)
             for group, width in zip(self._groups, self._widths, strict=True)
+            for part in group.parts
         )
-        return PROCESS_BYTES + projectors + block + self._largest_of(lambda item: self._pass(tokens, item))
+        computed = PROCESS_BYTES + projectors + block + self._largest_of(lambda item: self._pass(tokens, item))
+        return max(computed, self._find_components(tokens))
 
     def kernel(self, train: SetPlan) -> int:
         """Gram matrices of one bundle, the decomposition of its widest group, and a block of its groups.
 
         LAPACK's syevd works on a copy, with two more as workspace, and numpy copies the result out: 32 d^2 bytes beside the
         matrix, and 4 d^2 for the eigenvectors that are kept. Those of later groups take less than the matrices they replace.
+        A kernel of the mean of several members takes one group of another member beside the block; rank-c factors take their
+        own beside their matrices.
         """
-        bundles = split(self._widths, kernel_bundles(self._widths))
+        bundles = split(self._full, kernel_bundles(self._full))
         grams = max(sum(8 * width**2 for width in bundle) for bundle in bundles)
         rows = max(4 * train.block_rows * sum(bundle) for bundle in bundles)
-        return PROCESS_BYTES + self._weights + grams + 36 * max(self._widths) ** 2 + rows + self._chunks([train])
+        rows += 4 * train.block_rows * max(self._full) if self._spec.kernel.members == "mean" else 0
+        rows += 4 * train.block_rows * self._features if self._full != self._widths else 0
+        return PROCESS_BYTES + self._weights + grams + 36 * max(self._full) ** 2 + rows + self._chunks([train])
 
     def contribute(self, train: SetPlan, queries: Sequence[SetPlan]) -> int:
         """Queries of all sets, C of one block for all of them, and the features it is made from.
@@ -88,10 +102,12 @@ class TaskMemory:
         bundle of groups the last is still there.
         """
         groups, item = len(self._groups), ITEM_BYTES[self._spec.contribute.dtype]
-        held = sum(4 * planned.rows * self._features for planned in queries)
+        members = len(self._spec.model.etas)
+        held = members * sum(4 * planned.rows * sum(self._full) for planned in queries)
         c_values = [planned.rows * train.block_rows * groups for planned in queries]
-        widest = 4 * train.block_rows * max(self._widths)
-        read = 2 * min(READ_BYTES + widest, 4 * train.block_rows * self._features)
+        widest = 4 * train.block_rows * max(self._full)
+        read = 2 * min(READ_BYTES + widest, 4 * train.block_rows * sum(self._full))
+        read += 4 * train.block_rows * self._features if self._full != self._widths else 0
         span = held + 4 * sum(c_values) + (4 + item) * max(c_values) + read + self._chunks([train])
         return PROCESS_BYTES + self._weights + max(span, self._precondition(queries))
 
@@ -107,13 +123,13 @@ class TaskMemory:
         steps = self._spec.learn.epochs * queries.rows
         return PROCESS_BYTES + a_tile * min(2, math.ceil(queries.rows / tile)) + 200 * steps
 
-    def rank(self, train: SetPlan, queries: SetPlan, tile: int) -> int:
-        """One block of C, also in float64, what is kept of it for two rankings of two sides, and the texts for BM25."""
+    def rank(self, train: SetPlan, queries: SetPlan, tile: int, *, texts: bool) -> int:
+        """One block of C, also in float64, what is kept of it for two rankings of two sides, and any texts for BM25."""
         groups = len(self._groups)
         block = tile * train.block_rows * (12 * groups + 40)
         kept = 3 * self.ranked_bytes(train, queries)
-        texts = TEXT_BYTES * (train.rows * train.length + queries.rows * queries.length)
-        return PROCESS_BYTES + block + kept + texts
+        tokens = train.rows * train.length + queries.rows * queries.length
+        return PROCESS_BYTES + block + kept + (TEXT_BYTES * tokens if texts else 0)
 
     def ranked_bytes(self, train: SetPlan, queries: SetPlan) -> int:
         """Rows, scores and parts of every query, under two weightings and on two sides; and of the two baselines."""
@@ -122,13 +138,29 @@ class TaskMemory:
 
     def _precondition(self, queries: Sequence[SetPlan]) -> int:
         """All groups of one set, before it is written, and the spectrum and rotated queries of one group."""
-        most, widest = max(planned.rows for planned in queries), max(self._widths)
-        return 4 * most * self._features + 8 * widest**2 + 24 * most * widest
+        most, widest = max(planned.rows for planned in queries), max(self._full)
+        return 4 * most * sum(self._full) + 8 * widest**2 + 24 * most * widest
+
+    def _tokens(self, sets: Sequence[SetPlan]) -> int:
+        """Tokens of the largest batch."""
+        asked = self._spec.features.token_budget
+        return max(AUTO_TOKEN_BUDGET if asked == "auto" else asked, *(planned.length for planned in sets))
+
+    def _find_components(self, tokens: int) -> int:
+        """Second moments of one bundle of parts, one of them as a batch adds it, whole factors, and a decomposition."""
+        if self._components is None:
+            return 0
+        sides = sum(part.out_features + part.in_features for group in self._groups for part in group.parts)
+        decomposed = 32 * self._components.longest_side**2
+        found = self._components.moment_bytes + decomposed + 4 * tokens * sides
+        return PROCESS_BYTES + found + self._largest_of(lambda item: self._pass(tokens, item))
 
     def _pass(self, tokens: int, item: int) -> int:
         """Weights, their rounded copies under autocast, and what every token keeps alive: layers and two sets of logits."""
-        layers = sum(group.out_features for group in self._groups) + sum(map(math.isqrt, self._widths))
-        a_token = item * (LAYER_OUTPUTS * layers + 2 * self._model.outputs)
+        layers = sum(part.out_features for group in self._groups for part in group.parts)
+        layers += sum(map(math.isqrt, self._widths))
+        alive = LAYER_OUTPUTS * layers if self._model.activations is None else COUNTED_OUTPUTS * self._model.activations
+        a_token = item * (alive + 2 * self._model.outputs)
         rounded = self._weights // 2 if item == 2 else 0
         return self._weights + rounded + int(tokens * a_token) + LOSS_BYTES
 

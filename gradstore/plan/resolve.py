@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradstore.adapters import ADAPTERS, Adapter
+from gradstore.adapters.models.modules import is_function
+from gradstore.adapters.own.adapter import OwnAdapter
 from gradstore.errors import SpecError
-from gradstore.groups import Partition, partition
+from gradstore.groups import Grouping, Partition, partition
 from gradstore.spec import RunSpec, resolve_kind
 
 if TYPE_CHECKING:
@@ -15,19 +17,26 @@ if TYPE_CHECKING:
 
     from gradstore.numerics.kernel import Kernel
     from gradstore.numerics.projection import Projection
+    from gradstore.store.examples import Example
 
 
-def make_adapter(spec: RunSpec) -> Adapter:
-    """Make the adapter that [model] names.
+def make_adapter(spec: RunSpec, member: str | None = None) -> Adapter:
+    """Make the adapter that [model] names, for one of its members or, if none is named, the last: the final checkpoint.
 
     Raises
     ------
     SpecError
         If there is no adapter of that name.
     """
-    if spec.model.adapter not in ADAPTERS:
-        raise SpecError(f"model.adapter: found {spec.model.adapter!r}; accepted: {', '.join(sorted(ADAPTERS))}.")
-    return ADAPTERS[spec.model.adapter](spec.model, spec.data, spec.run.seed)
+    model = spec.model.of_member(member or [*spec.model.etas][-1])
+    if is_function(model.adapter):
+        return OwnAdapter(model, spec.data, spec.run.seed)
+    if model.adapter not in ADAPTERS:
+        raise SpecError(
+            f"model.adapter: found {model.adapter!r}; accepted: {', '.join(sorted(ADAPTERS))}, or a function of your own, "
+            "package.module:function."
+        )
+    return ADAPTERS[model.adapter](model, spec.data, spec.run.seed)
 
 
 def resolve_projection(spec: RunSpec) -> Projection:
@@ -69,27 +78,58 @@ class ModelShape:
         Width of its output: the vocabulary of a language model.
     largest_tensor
         Entries of its largest parameter.
+    activations
+        Numbers that all of its modules put out for one token of an example, or None where they were not counted.
     """
 
     partition: Partition
     outputs: int
     largest_tensor: int
+    activations: float | None
 
 
-def model_shape(adapter: Adapter, model: nn.Module, spec: RunSpec) -> ModelShape:
-    """Partition a model's parameters into groups by the rule of [features.groups]."""
-    from gradstore.numerics.gradients import supported_layers
+def model_shape(adapter: Adapter, model: nn.Module, spec: RunSpec, example: Example | None = None) -> ModelShape:
+    """Partition a model's parameters into groups by the rule of [features.groups].
 
-    layers, heads = supported_layers(model), adapter.output_heads(model)
-    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    rule = spec.features.groups
-    groups = partition(
-        layers,
-        parameters,
-        rule=rule.rule,
-        include=rule.include,
-        exclude=rule.exclude,
-        heads=() if rule.output_head else heads,
+    With an example, on the meta device, what its modules put out is counted: a convolution's positions are known to nobody
+    else.
+
+    Raises
+    ------
+    SpecError
+        If no group is left, or more is left out than is accepted without being asked for.
+    """
+    from gradstore.numerics.gradients import model_parameters
+
+    heads = adapter.output_heads(model)
+    parameters = model_parameters(model, heads)
+    widths = (item.out_features for item in parameters.supported if item.module in heads)
+    return ModelShape(
+        partition=partition(parameters, Grouping(**spec.features.groups.model_dump())),
+        outputs=max(widths, default=0),
+        largest_tensor=max(parameters.sizes.values()),
+        activations=None if example is None else _count_activations(adapter, model, example),
     )
-    outputs = max((layer.out_features for layer in layers if layer.name in heads), default=0)
-    return ModelShape(partition=groups, outputs=outputs, largest_tensor=max(parameters.values()))
+
+
+def _count_activations(adapter: Adapter, model: nn.Module, example: Example) -> float | None:
+    """Numbers per token that leaf modules put out in one forward pass of shapes, or None if it takes more than shapes."""
+    import torch
+
+    total = 0
+
+    def count(module: nn.Module, args: object, output: object) -> None:
+        nonlocal total
+        total += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    hooks = [module.register_forward_hook(count) for module in model.modules() if not [*module.children()]]
+    try:
+        with torch.no_grad():
+            adapter.outputs(model, [example])
+    # A user's model may look at values, which tensors without storage do not have, and fail in any way.
+    except Exception:
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total / example.size

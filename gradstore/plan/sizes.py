@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
+from gradstore.groups import ParameterGroup, Part
 from gradstore.plan.resolve import ModelShape
 from gradstore.spec import FeaturesSection, RunSpec
+
+if TYPE_CHECKING:
+    from gradstore.numerics.projection import Projection
 
 T = TypeVar("T")
 StoredDtype = Literal["float32", "float16"]
@@ -20,6 +24,8 @@ REFUSED_CHUNK_BYTES = 64 * 2**20
 BLOCKS_PER_WORKER = 4
 BLOCK_SECONDS = 300
 MAX_OBJECTS = 1_000_000
+# Tokens of a batch where run.toml leaves it open: on a CPU the rate is flat from here; on a GPU a probe goes on from here.
+AUTO_TOKEN_BUDGET = 4096
 PUT_DOLLARS = 5e-6
 # Floating point operations a second that a worker is assumed to reach; used for the five-minute rule of blocks only.
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 2e14}
@@ -29,17 +35,75 @@ KERNEL_BUNDLES = 32
 BUNDLE_BYTES = 2**30
 CONTRIBUTION_CHUNK_BYTES = 32 * 2**20
 LEARNER_TILE_BYTES = 2 * 2**30
-BLOCK_OBJECTS = 4  # inputs, example part, statistics, commit record
-SET_OBJECTS = 4  # claim.json, set.json, and zarr.json of the set and of its member
+BLOCK_OBJECTS = 3  # of a member: example part, statistics, commit record; the inputs come on top
+SET_OBJECTS = 3  # claim.json, set.json, and zarr.json of the set
+# Blocks that one task of featurize computes, writing one while the next is computed; fewer where workers would run out.
+BLOCKS_PER_TASK = 4
+TASKS_PER_WORKER = 8
 # Rows that a ranking keeps at least: precision is measured at 10.
 RANKED_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentPlan:
+    """The pre-pass for principal components.
+
+    Attributes
+    ----------
+    bundles
+        Its tasks, each of some parts.
+    parts
+        Parts of all groups.
+    matrix_bytes
+        Bytes of the matrices that it finds.
+    moment_bytes
+        Bytes of the second moments of the largest bundle.
+    longest_side
+        The longest side of a part: what the largest decomposition is of.
+    """
+
+    bundles: int
+    parts: int
+    matrix_bytes: int
+    moment_bytes: int
+    longest_side: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """What a projection makes of every group.
+
+    Attributes
+    ----------
+    stored
+        k_j, its features as they are stored.
+    full
+        Its features as kernels see them: of rank-c factors those of the matrices that they stand for.
+    components
+        The pre-pass that the projection needs, if any.
+    """
+
+    stored: tuple[int, ...]
+    full: tuple[int, ...]
+    components: ComponentPlan | None = None
+
+    @classmethod
+    def of(cls, projection: Projection, groups: Sequence[ParameterGroup]) -> Self:
+        """Return those of a projection and the groups of a model."""
+        from gradstore.numerics.projection import Finishing
+
+        stored = full = tuple(projection.width(group) for group in groups)
+        if isinstance(projection, Finishing):
+            full = tuple(projection.summed_width(group) for group in groups)
+        components = _component_plan(projection, groups) if projection.needs_matrices else None
+        return cls(stored=stored, full=full, components=components)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetPlan:
     """One feature set: its rows, blocks, objects and bytes.
 
-    ``feature_bytes`` are those of its features alone; stored chunks are padded to whole blocks, and end in a checksum.
+    ``feature_bytes`` are those of its features alone, of all members; stored chunks are padded to whole blocks, and end in a checksum.
     """
 
     name: str
@@ -105,13 +169,13 @@ class Sizes:
         self.widths = widths
         self.device = device
         self.workers = spec.cluster.num_workers
+        self.members = len(spec.model.etas)
         self.worker_memory = spec.cluster.worker_memory_bytes
 
-    def set_plan(self, name: str, rows: int) -> SetPlan:
-        """Plan one feature set."""
+    def set_plan(self, name: str, rows: int, length: int) -> SetPlan:
+        """Plan one feature set of ``rows`` examples of at most ``length`` tokens."""
         dtype = stored_dtype(name, self._spec.features)
         item = ITEM_BYTES[dtype]
-        length = self._spec.data.splits()[name].length
         block_rows = self._spec.features.block_rows or self._block_rows(rows, length, item)
         blocks = math.ceil(rows / block_rows)
         return SetPlan(
@@ -122,7 +186,7 @@ class Sizes:
             block_rows=block_rows,
             blocks=blocks,
             objects=self._objects(rows, block_rows),
-            feature_bytes=rows * sum(self.widths) * item,
+            feature_bytes=self.members * rows * sum(self.widths) * item,
             largest_chunk_bytes=block_rows * max(self.widths) * item,
         )
 
@@ -140,7 +204,13 @@ class Sizes:
         return block_rows
 
     def _objects(self, rows: int, block_rows: int) -> int:
-        return math.ceil(rows / block_rows) * (len(self._groups) + BLOCK_OBJECTS) + len(self._groups) + SET_OBJECTS
+        of_a_block = 1 + self.members * (len(self._groups) + BLOCK_OBJECTS)
+        return math.ceil(rows / block_rows) * of_a_block + self.members * (len(self._groups) + 1) + SET_OBJECTS
+
+
+def block_tasks(blocks: Sequence[int], workers: int) -> list[Sequence[int]]:
+    """Cut blocks into the consecutive ones of each task of featurize."""
+    return split(blocks, max(TASKS_PER_WORKER * workers, math.ceil(len(blocks) / BLOCKS_PER_TASK)))
 
 
 def kernel_bundles(widths: Sequence[int]) -> int:
@@ -150,6 +220,44 @@ def kernel_bundles(widths: Sequence[int]) -> int:
     """
     gram_bytes = sum(8 * width**2 for width in widths)
     return min(len(widths), max(KERNEL_BUNDLES, math.ceil(gram_bytes / BUNDLE_BYTES)))
+
+
+def component_bundles(groups: Sequence[ParameterGroup]) -> list[list[str]]:
+    """The parts of each task of the pre-pass for principal components: their second moments take about BUNDLE_BYTES.
+
+    The moments of a part [O, I] take 8 (O^2 + I^2) bytes, but those of an embedding's rows, which are counts.
+    """
+    bundles: list[list[str]] = []
+    held = BUNDLE_BYTES
+    for group in groups:
+        for part in group.parts:
+            taken = moment_bytes(part)
+            if held + taken > BUNDLE_BYTES:
+                bundles.append([])
+                held = 0
+            bundles[-1].append(part.key)
+            held += taken
+    return bundles
+
+
+def _component_plan(projection: Projection, groups: Sequence[ParameterGroup]) -> ComponentPlan:
+    parts = {part.key: part for group in groups for part in group.parts}
+    bundles = component_bundles(groups)
+    ranks = {key: projection.shape(part) or (0, 0) for key, part in parts.items()}
+    return ComponentPlan(
+        bundles=len(bundles),
+        parts=len(parts),
+        matrix_bytes=sum(
+            4 * (ranks[key][0] * part.out_features + ranks[key][1] * part.in_features) for key, part in parts.items()
+        ),
+        moment_bytes=max(sum(moment_bytes(parts[key]) for key in bundle) for bundle in bundles),
+        longest_side=max(max(part.out_features, part.in_features) for part in parts.values()),
+    )
+
+
+def moment_bytes(part: Part) -> int:
+    """Bytes of the two second moments of a part."""
+    return 8 * (part.out_features**2 + part.in_features**2)
 
 
 def learner_tile(contributions: tuple[int, int, int]) -> int:

@@ -7,6 +7,7 @@ to the folder of run.toml, so that a pipeline's folder can be copied as a whole.
 from gradstore.spec.kinds import content_hash, differences, resolve_kind
 from gradstore.spec.reading import parse_spec, read_spec
 from gradstore.spec.sections import (
+    MEAN_MEMBER,
     SPLITS,
     ClusterSection,
     DataSection,
@@ -18,6 +19,7 @@ from gradstore.spec.sections import (
 )
 
 __all__ = [
+    "MEAN_MEMBER",
     "SPLITS",
     "ClusterSection",
     "DataSection",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from gradstore.errors import SpecError
 from gradstore.spec.sections import DataSection, RunSpec, SplitSection
+
+T = TypeVar("T", bound=BaseModel)
+_MODEL_PATHS: Final = ("source", "weights", "peft")
 
 
 def read_spec(path: str | Path) -> RunSpec:
@@ -48,12 +51,15 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
         candidate = folder / value
         return str(candidate) if ":" not in value and candidate.exists() else value
 
-    model = {"source": absolute(spec.model.source)}
-    if spec.model.config is not None:
-        model["config"] = str(folder / spec.model.config)
-    splits = {
-        name: split.model_copy(update={"source": absolute(split.source)}) for name, split in spec.data.splits().items()
-    }
+    def resolved(section: T, *keys: str) -> T:
+        given = {key: value for key in keys if (value := getattr(section, key)) is not None}
+        return section.model_copy(update={key: absolute(value) for key, value in given.items()})
+
+    model = resolved(spec.model, *_MODEL_PATHS)
+    model = model.model_copy(update={"members": [resolved(member, *_MODEL_PATHS) for member in model.members]})
+    if model.config is not None:
+        model = model.model_copy(update={"config": str(folder / model.config)})
+    splits = {name: resolved(split, "source", "labels") for name, split in spec.data.splits().items()}
     store = spec.run.store
     if "://" not in store:
         # Workers run in folders of their own, so they are told the whole path.
@@ -61,7 +67,7 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     return spec.model_copy(
         update={
             "run": spec.run.model_copy(update={"store": store}),
-            "model": spec.model.model_copy(update=model),
+            "model": model,
             "data": spec.data.model_copy(update=splits),
         }
     )

@@ -18,6 +18,9 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 # Names of kernels and weights: "<kernel>.<weights>" names their scores, so neither has a dot.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+LONE_MEMBER = "m0"
+# The mean of all members; none of them has a dot in its name.
+MEAN_MEMBER = "members.mean"
 RESERVED_NAMES = {"kernel": "baseline", "learn": "unweighted"}
 SPLITS = ("train", "learn", "eval")
 
@@ -36,32 +39,89 @@ class RunSection(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
+class MemberSection(Section):
+    """[[model.members]]: one of several checkpoints whose contributions are added, and what it has otherwise than [model].
+
+    ``eta`` is its weight in that sum: the learning rate at the checkpoint (TracInCP), or 1 / E for a mean over E models.
+    ``options`` are those of [model.options] that it has otherwise, such as the timestep of a diffusion model.
+    """
+
+    name: str = Field(pattern=NAME)
+    eta: float = 1.0
+    source: str | None = None
+    weights: str | None = None
+    optimizer: str | None = None
+    peft: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
 class ModelSection(Section):
-    """[model]: which model, and in what precision it is run."""
+    """[model]: which model, what is differentiated, and in what precision it is run.
+
+    ``adapter`` is a name of ADAPTERS, or a user's own ``module:function``; ``options`` are the adapter's own keys.
+    ``optimizer`` is a file with the state of an Adam optimizer: the features of training examples are then of the direction
+    of its step, those of queries of the gradient.
+    """
 
     adapter: str = "causal_lm"
     source: str = Field(min_length=1)
+    output: str | None = None
+    weights: str | None = None
+    optimizer: str | None = None
+    peft: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
     config: str | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    options: dict[str, Any] = Field(default_factory=dict)
+    members: list[MemberSection] = Field(default_factory=list)
+
+    @property
+    def etas(self) -> dict[str, float]:
+        """Weight of every member by its name; of a lone model 1."""
+        return {member.name: member.eta for member in self.members} or {LONE_MEMBER: 1.0}
+
+    def of_member(self, name: str) -> ModelSection:
+        """Return what [model] says of one member alone."""
+        for member in self.members:
+            if member.name == name:
+                own = member.model_dump(exclude={"name", "eta", "options"}, exclude_none=True)
+                options = {**self.options, **member.options}
+                return self.model_copy(update={**own, "options": options, "members": []})
+        assert name == LONE_MEMBER, f"[model] has no member {name}"
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        names = [member.name for member in self.members]
+        if len(set(names)) < len(names):
+            raise SpecError(f"model.members: found the names {', '.join(names)}; each member needs its own.")
+        return self
 
 
 class SplitSection(Section):
     """[data.train], [data.learn], [data.eval]: one split of the data. [data] itself may hold shared defaults."""
 
     source: str = Field(min_length=1)
-    format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
+    format: Literal["auto", "text", "jsonl", "parquet", "datasets", "images", "idx", "npz"] = "auto"
     subset: str | None = None
     split: str | None = None
     encoding: str | Annotated[list[str], Field(min_length=1)] = "utf-8"
     text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    image: str = "image"
+    labels: str | None = None
     label: str | None = None
     id: str | None = None
     packing: Literal["document", "concatenate"] = "document"
     length: int = Field(default=512, ge=2)
     start: int | None = Field(default=None, ge=0)
     rows: int | None = Field(default=None, ge=1)
+    generate: dict[str, Any] | None = None
 
     @property
     def origin(self) -> tuple[str | None, ...]:
@@ -125,12 +185,17 @@ class DataSection(Section):
 
 
 class GroupsSection(Section):
-    """[features.groups]: how parameters are partitioned into groups."""
+    """[features.groups]: how parameters are partitioned into groups; the keys are those of `gradstore.groups.Grouping`."""
 
     rule: str = "module"
+    patterns: dict[str, str] = Field(default_factory=dict)
     include: str = ".*"
     exclude: str = ""
+    biases: bool = False
+    norms: bool = False
+    embeddings: bool = False
     output_head: bool = False
+    max_skipped: float = Field(default=0.2, ge=0, le=1)
 
 
 class FeaturesSection(Section):
@@ -140,24 +205,35 @@ class FeaturesSection(Section):
     projection: dict[str, Any] = Field(default_factory=lambda: {"kind": "logra", "rank": 16})
     dtype: Literal["float32", "float16"] = "float16"
     block_rows: int | None = Field(default=None, ge=1)
-    token_budget: int = Field(default=4096, ge=1)
+    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(default="auto")
+    covariances: bool = True
+    max_invalid: float = Field(default=0.001, ge=0, lt=1)
 
 
 class KernelSection(Section):
-    """[kernel]: a kind and its options; ``name`` tells apart several kernels of one store."""
+    """[kernel]: a kind and its options; ``name`` tells apart several kernels of one store.
+
+    Of several members ``each`` has a kernel of its own features, or all have one, of the ``mean`` of their features
+    (Journey-TRAK).
+    """
 
     name: str = Field(default="block", pattern=NAME)
     kind: str = "block"
+    members: Literal["each", "mean"] = "each"
     options: dict[str, Any] = Field(default_factory=dict)
+
+    def of_member(self, name: str) -> str:
+        """Return the name under which the kernel of a member is stored: its own, or that of the one kernel of all."""
+        return name if self.members == "each" else MEAN_MEMBER
 
     @model_validator(mode="before")
     @classmethod
     def _collect_options(cls, values: Any) -> Any:
-        """Keys other than name and kind are the kind's options, checked when the kind is resolved."""
+        """Keys other than name, kind and members are the kind's options, checked when the kind is resolved."""
         if not isinstance(values, Mapping):
             return values
-        own = {key: value for key, value in values.items() if key in ("name", "kind")}
-        rest = {key: value for key, value in values.items() if key not in ("name", "kind")}
+        own = {key: value for key, value in values.items() if key in ("name", "kind", "members")}
+        rest = {key: value for key, value in values.items() if key not in own}
         if set(rest) == {"options"} and isinstance(rest["options"], Mapping):
             rest = dict(rest["options"])
         own.setdefault("name", own.get("kind", "block"))

@@ -14,9 +14,11 @@ from gradstore.errors import NotReadyError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.sizes import BLOCKS_PER_WORKER, query_tile, split
 from gradstore.spec import RunSpec
+from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
+from gradstore.stages.reading import full_rows, full_width, inner_products, is_factored
 from gradstore.store.artifacts import ContributionArtifact, ContributionShape, KernelArtifact, QueryArtifact
-from gradstore.store.features import FeatureSet, FeatureStore
+from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore
 
 QUERY_SETS = ("learn", "eval")
 # Bytes of train features that a task holds at once: groups are read in bundles of about this size.
@@ -45,7 +47,7 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     tasks = []
     for span in split(missing, BLOCKS_PER_WORKER * spec.cluster.num_workers):
         rows = sum(stop - start for start, stop in map(shape.block_range, span))
-        arguments = (spec.run.store, spec.kernel.name, list(span))
+        arguments = (spec.run.store, spec.kernel.name, spec.model.etas, list(span))
         name = f"contribute-{spec.kernel.name}-{span[0]:06d}"
         tasks.append(Task(name=name, function=contribute_span, arguments=arguments, rows=rows))
     done = shape.rows - sum(task.rows for task in tasks)
@@ -54,75 +56,105 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
             advance(task.rows)
 
 
-def _settings(spec: RunSpec, store: FeatureStore, name: str) -> dict[str, Any]:
+def _settings(spec: RunSpec, store: FeatureStore, name: str, members: Sequence[str]) -> dict[str, Any]:
     """What queries and contributions are made from: the kernel with its damping, and the sets as they are now."""
-    train, queries = store.open_set("train"), store.open_set(name)
+
+    def made_from(set_name: str, whose: Sequence[str]) -> dict[str, Any]:
+        sets = [store.open_set(set_name, member) for member in whose]
+        return {"data": sets[0].info.data_hash, "members": [item.snapshot().to_json() for item in sets]}
+
+    mean = spec.kernel.members == "mean"
     return {
         "kernel": {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))},  # type: ignore[call-overload]
-        "train": {"data": train.info.data_hash, **train.snapshot().to_json()},
-        "queries_from": {"data": queries.info.data_hash, **queries.snapshot().to_json()},
+        "kernel_of": spec.kernel.members,
+        "train": made_from("train", store.open_set("train").info.members if mean else members),
+        "queries_from": made_from(name, members),
     }
 
 
 def _precondition_queries(spec: RunSpec, engine: Engine, store: FeatureStore) -> None:
-    """Run one task per query set whose preconditioned queries are missing."""
-    if resolve_kernel(spec).needs_spectra:
-        _require_spectra(store, spec.kernel.kind)
+    """Run one task per query set and member whose preconditioned queries are missing.
+
+    Without spectra there is nothing to precondition, and rank-c factors stay what they are.
+    """
+    spectra = resolve_kernel(spec).needs_spectra
     tasks = []
     for name in QUERY_SETS:
-        queries = store.open_set(name)
-        artifact = QueryArtifact.create(
-            store.storage,
-            spec.kernel.name,
-            name,
-            settings=_settings(spec, store, name),
-            queries=queries.info.rows,
-            widths={array.name: array.features for array in queries.info.arrays},
-        )
-        if not artifact.is_complete():
-            arguments = (spec.run.store, spec.model_dump(), name)
-            tasks.append(Task(name=f"queries-{spec.kernel.name}-{name}", function=precondition, arguments=arguments))
+        info = store.open_set(name).info
+        for member in info.members:
+            if spectra:
+                _require_spectra(store, spec.kernel.kind, spec.kernel.of_member(member))
+            artifact = QueryArtifact.create(
+                store.storage,
+                spec.kernel.name,
+                (name, member),
+                settings=_settings(spec, store, name, [member]),
+                queries=info.rows,
+                widths={array.name: full_width(array) if spectra else array.features for array in info.arrays},
+            )
+            if not artifact.is_complete():
+                arguments = (spec.run.store, spec.model_dump(), (name, member))
+                task_name = f"queries-{spec.kernel.name}-{name}-{member}"
+                tasks.append(Task(name=task_name, function=precondition, arguments=arguments))
     for _ in engine.run(tasks):
         pass
 
 
-def _require_spectra(store: FeatureStore, kind: str) -> None:
-    missing = KernelArtifact.open(store.storage, kind).missing_units()
+def _require_spectra(store: FeatureStore, kind: str, member: str) -> None:
+    missing = KernelArtifact.open(store.storage, kind, member).missing_units()
     if missing:
         raise NotReadyError(
-            f"kernels/{kind}: {len(missing)} bundles of groups are missing. Run `gradstore kernel` again: it builds those."
+            f"kernels/{kind}/{member}: {len(missing)} bundles of groups are missing. Run `gradstore kernel` again: it "
+            "builds those."
         )
 
 
-def precondition(store_url: str, run: Mapping[str, Any], set_name: str) -> int:
-    """Task: write K_j psi for every query psi of a set and every group j; return the number of queries."""
+def precondition(store_url: str, run: Mapping[str, Any], place: tuple[str, str]) -> int:
+    """Task: write K_j psi for every query psi of a (set, member) and every group j; return the number of queries."""
+    from gradstore.numerics.kernel import zero_invalid
+
     spec = RunSpec.model_validate(run)
     kernel = resolve_kernel(spec)
     store = FeatureStore.open(store_url)
-    queries = store.open_set(set_name)
-    artifact = QueryArtifact.open(store.storage, spec.kernel.name, set_name)
-    spectra = KernelArtifact.open(store.storage, spec.kernel.kind) if kernel.needs_spectra else None
+    queries = store.open_set(*place)
+    artifact = QueryArtifact.open(store.storage, spec.kernel.name, place)
+    built = spec.kernel.of_member(queries.member)
+    spectra = KernelArtifact.open(store.storage, spec.kernel.kind, built) if kernel.needs_spectra else None
     preconditioned = {}
     for array in queries.info.arrays:
         spectrum = () if spectra is None else spectra.read(array.name)
-        preconditioned[array.name] = kernel.precondition(_all_rows(queries, array.name), *spectrum)
+        rows = _all_rows(queries, array)
+        rows = rows if spectra is None else full_rows(array, rows)
+        # A query that is not valid is answered by nothing; the learner takes no step for it.
+        zero_invalid(rows)
+        preconditioned[array.name] = kernel.precondition(rows, *spectrum)
     artifact.write(preconditioned, facts={"queries": queries.info.rows})
     return queries.info.rows
 
 
-def _all_rows(feature_set: FeatureSet, group: str) -> np.ndarray:
-    """All rows [n, k_j] of one group of a small set."""
+def _all_rows(feature_set: FeatureSet, array: FeatureArray) -> np.ndarray:
+    """All rows [n, k_j] of one group of a small set, as they are stored."""
     blocks = range(feature_set.info.num_blocks)
-    return np.concatenate([feature_set.read_block(block, [group])[group] for block in blocks])
+    return np.concatenate([feature_set.read_block(block, [array.name])[array.name] for block in blocks])
+
+
+def _has_spectra(store: FeatureStore, kernel: str, place: tuple[str, str]) -> bool:
+    """Whether queries were preconditioned, and so are whole matrices."""
+    from gradstore.numerics.kernel import KERNELS
+
+    kind = QueryArtifact.open(store.storage, kernel, place).settings["kernel"]["kind"]
+    return KERNELS[kind].needs_spectra
 
 
 def _create_contributions(spec: RunSpec, engine: Engine, store: FeatureStore, name: str) -> ContributionArtifact:
     train, queries = store.open_set("train").info, store.open_set(name).info
+    etas = spec.model.etas
     groups = tuple(array.name for array in train.arrays)
     dtype = spec.contribute.dtype
     scales = None
     if dtype == "float16" and not _exists(store, spec.kernel.name, name):
-        task = Task(name=f"scales-{name}", function=query_scales, arguments=(spec.run.store, spec.kernel.name, name))
+        arguments = (spec.run.store, spec.kernel.name, name, etas)
+        task = Task(name=f"scales-{name}", function=query_scales, arguments=arguments)
         ((_, found),) = engine.run([task])
         scales = np.asarray(found, np.float32)
     elif dtype == "float16":
@@ -131,7 +163,7 @@ def _create_contributions(spec: RunSpec, engine: Engine, store: FeatureStore, na
         store.storage,
         spec.kernel.name,
         name,
-        settings=_settings(spec, store, name),
+        settings={**_settings(spec, store, name, train.members), "etas": etas},
         shape=ContributionShape(
             queries=queries.rows,
             rows=train.rows,
@@ -152,68 +184,117 @@ def _exists(store: FeatureStore, kernel: str, name: str) -> bool:
     return True
 
 
-def query_scales(store_url: str, kernel: str, set_name: str) -> list[float]:
+def query_scales(store_url: str, kernel: str, set_name: str, etas: Mapping[str, float]) -> list[float]:
     """Task: return a power of two per query that brings its stored float16 contributions near 1.
 
     A contribution to group j is about ||psi_qj|| rms_n ||phi_nj|| / sqrt(k_j), as for directions at random; the largest of
-    these over the groups is stored as about 1, which leaves a factor of 65504 above it.
+    these over the groups, and members with their eta, is stored as about 1, which leaves a factor of 65504 above it.
     """
     store = FeatureStore.open(store_url)
-    artifact = QueryArtifact.open(store.storage, kernel, set_name)
-    table = store.open_set("train").read_statistics().group_by("group")
-    sums = table.aggregate([("sum_squares", "sum"), ("rows", "sum")]).to_pydict()
-    energy = {
-        group: squares / rows
-        for group, squares, rows in zip(sums["group"], sums["sum_squares_sum"], sums["rows_sum"], strict=True)
-    }
-    typical_Q = np.zeros(artifact.settings["queries"])
-    for group, width in artifact.widths.items():
-        norms_Q = np.linalg.norm(artifact.read(group).astype(np.float64), axis=1)
-        typical_Q = np.maximum(typical_Q, norms_Q * np.sqrt(energy[group] / width))
+    typical_Q = np.zeros(store.open_set(set_name).info.rows)
+    for member, eta in etas.items():
+        artifact = QueryArtifact.open(store.storage, kernel, (set_name, member))
+        train = store.open_set("train", member)
+        sums = train.read_statistics().group_by("group").aggregate([("sum_squares", "sum")]).to_pydict()
+        energy = dict(zip(sums["group"], sums["sum_squares_sum"], strict=True))
+        spectra = _has_spectra(store, kernel, (set_name, member))
+        for array in train.info.arrays:
+            rows = artifact.read(array.name) if spectra else full_rows(array, artifact.read(array.name))
+            norms_Q = np.linalg.norm(rows.astype(np.float64), axis=1)
+            size_Q = abs(eta) * norms_Q * np.sqrt(energy[array.name] / train.info.rows / full_width(array))
+            typical_Q = np.maximum(typical_Q, size_Q)
     return [float(2.0 ** np.round(np.log2(typical))) if typical > 0 else 1.0 for typical in typical_Q]
 
 
-def contribute_span(store_url: str, kernel: str, blocks: Sequence[int]) -> int:
+def contribute_span(store_url: str, kernel: str, etas: Mapping[str, float], blocks: Sequence[int]) -> int:
     """Task: build and commit C for the rows of some blocks and every query; return how many rows.
 
-    Each block of features is read once, for the queries of all sets together.
+    Each block of features is read once, for the queries of all sets together; members add up, each eta times. Where the
+    output function is TRAK's margin, a train example n counts 1 - p_n times (arXiv 2303.14186, its matrix Q).
     """
     store = FeatureStore.open(store_url)
-    train = store.open_set("train")
     artifacts = {name: ContributionArtifact.open(store.storage, kernel, name) for name in QUERY_SETS}
-    queries = {name: _queries(store_url, kernel, name, _attempt(store, kernel, name)) for name in QUERY_SETS}
     missing = {name: set(artifact.missing_blocks()) for name, artifact in artifacts.items()}
+    trains = {member: store.open_set("train", member) for member in etas}
+    places = [(name, member) for name in QUERY_SETS for member in etas]
+    queries = _queries(store_url, kernel, tuple((*place, _attempt(store, kernel, place)) for place in places))
+    info = store.open_set("train").info
+    spectra = _has_spectra(store, kernel, places[0])
     total = 0
     for block in blocks:
-        start, stop = train.info.block_range(block)
+        start, stop = info.block_range(block)
         lacking = {name: artifact for name, artifact in artifacts.items() if block in missing[name]}
-        built = _build_block(train, block, {name: queries[name] for name in lacking})
+        built = {
+            name: np.zeros((artifact.shape.queries, stop - start, len(info.arrays)), np.float32)
+            for name, artifact in lacking.items()
+        }
+        for member, train in trains.items():
+            factor_N1 = np.full((stop - start, 1), etas[member], np.float32)
+            if store.contract["model"]["output"] == MARGIN:
+                factor_N1 *= _margin_factor(train, block)
+            of_member = {name: queries[name, member] for name in lacking}
+            _add_block(built, train, block, of_member, factor_N1, spectra=spectra)
         for name, artifact in lacking.items():
             artifact.write_block(block, built[name], facts={"rows": stop - start})
         total += stop - start
     return total
 
 
-def _build_block(
-    train: FeatureSet, block: int, queries: Mapping[str, Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """C [Q, n, M] of every query set for one block of rows."""
+def _attempt(store: FeatureStore, kernel: str, place: tuple[str, str]) -> str:
+    """The attempt that wrote the preconditioned queries of a (set, member): another one where a store was made anew."""
+    artifact = QueryArtifact.open(store.storage, kernel, place)
+    return artifact.log.require(0, f"{artifact.folder}: not written. Run `gradstore contribute` again.").attempt
+
+
+@lru_cache(maxsize=1)
+def _queries(
+    store_url: str, kernel: str, attempts: tuple[tuple[str, str, str], ...]
+) -> Mapping[tuple[str, str], Mapping[str, np.ndarray]]:
+    """The preconditioned queries by (set, member), read once per process."""
+    storage = FeatureStore.open(store_url).storage
+    return {
+        (name, member): QueryArtifact.open(storage, kernel, (name, member)).read_all() for name, member, _ in attempts
+    }
+
+
+def _margin_factor(train: FeatureSet, block: int) -> np.ndarray:
+    """1 - p_n of a block's rows, [n, 1]: what turns a margin's gradient into minus that of the loss."""
+    p_N: np.ndarray = train.read_examples(["p"], block=block)["p"].to_numpy()
+    return (1 - p_N).astype(np.float32)[:, None]
+
+
+def _add_block(
+    built: Mapping[str, np.ndarray],
+    train: FeatureSet,
+    block: int,
+    queries: Mapping[str, Mapping[str, np.ndarray]],
+    factor_N1: np.ndarray,
+    *,
+    spectra: bool,
+) -> None:
+    """Add a member's C, times a factor of every row, for one block of rows to C [Q, n, M] of every query set.
+
+    Rank-c factors are multiplied out where queries are preconditioned, since those have no factors any more.
+    """
     from gradstore.numerics.contributions import contributions
 
-    start, stop = train.info.block_range(block)
-    widths = {array.name: array.features for array in train.info.arrays}
-    built = {
-        name: np.empty((len(next(iter(preconditioned.values()))), stop - start, len(widths)), np.float32)
-        for name, preconditioned in queries.items()
-    }
+    arrays = {array.name: array for array in train.info.arrays}
+    widths = {name: full_width(array) for name, array in arrays.items()}
     first = 0
     for bundle in _bundles(widths, train.info.block_rows):
         rows = train.read_block(block, bundle)
+        if spectra:
+            rows = {name: full_rows(arrays[name], values) for name, values in rows.items()}
         last = first + len(bundle)
         for name, preconditioned in queries.items():
-            built[name][:, :, first:last] = contributions(preconditioned, rows, bundle)
+            if spectra or not any(is_factored(arrays[group]) for group in bundle):
+                c_QNM = contributions(preconditioned, rows, bundle)
+            else:
+                c_QNM = np.stack(
+                    [inner_products(arrays[group], preconditioned[group], rows[group]) for group in bundle], 2
+                )
+            built[name][:, :, first:last] += factor_N1 * c_QNM
         first = last
-    return built
 
 
 def _bundles(widths: Mapping[str, int], block_rows: int) -> list[list[str]]:
@@ -227,15 +308,3 @@ def _bundles(widths: Mapping[str, int], block_rows: int) -> list[list[str]]:
         bundles[-1].append(group)
         filled += 4 * width * block_rows
     return bundles
-
-
-def _attempt(store: FeatureStore, kernel: str, set_name: str) -> str:
-    """The attempt that wrote a set's preconditioned queries: another one where a store was made anew."""
-    return QueryArtifact.open(store.storage, kernel, set_name).log.require(0, f"queries/{kernel}/{set_name}").attempt
-
-
-@lru_cache(maxsize=len(QUERY_SETS))
-def _queries(store_url: str, kernel: str, set_name: str, attempt: str) -> Mapping[str, np.ndarray]:
-    """The preconditioned queries of a set, read once per process."""
-    del attempt  # it tells this store from another one that was at the same place
-    return QueryArtifact.open(FeatureStore.open(store_url).storage, kernel, set_name).read_all()

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradstore.cluster import Engine
-from gradstore.errors import NotReadyError, SpecError
+from gradstore.errors import SpecError
 from gradstore.plan.sizes import learner_tile
 from gradstore.spec import RunSpec
+from gradstore.stages.contributions import Contributions
 from gradstore.stages.progress import Progress
-from gradstore.store.artifacts import ContributionArtifact, WeightsArtifact
+from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.features import FeatureArray, FeatureStore
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
 
     del engine  # learning is light: it streams C in this process
     store = FeatureStore.open(spec.run.store)
-    contributions = open_contributions(store, spec.kernel.name, "learn")
-    shape = contributions.shape
+    contributions = Contributions.open(store, spec.kernel.name, "learn")
+    shape = contributions.artifact.shape
     if spec.learn.k > shape.rows:
         raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {shape.rows} train examples.")
     settings = learner_settings(spec, learner_tile((shape.queries, shape.rows, len(shape.groups))))
@@ -51,7 +52,7 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
             "learner": asdict(settings),
             "kernel": spec.kernel.name,
             "queries": "learn",
-            "contributions": dict(contributions.settings),
+            "contributions": dict(contributions.artifact.settings),
         },
     )
     if artifact.is_complete():
@@ -72,24 +73,6 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     )
 
 
-def open_contributions(store: FeatureStore, kernel: str, set_name: str) -> ContributionArtifact:
-    """Open the contributions of a set of queries.
-
-    Raises
-    ------
-    NotReadyError
-        If they are not whole.
-    """
-    artifact = ContributionArtifact.open(store.storage, kernel, set_name)
-    missing = artifact.missing_blocks()
-    if missing:
-        raise NotReadyError(
-            f"contributions/{kernel}/{set_name}: {len(missing)} of {artifact.shape.num_blocks} blocks are missing. "
-            "Run `gradstore contribute` again: it computes those."
-        )
-    return artifact
-
-
 def learner_settings(spec: RunSpec, tile: int) -> LearnerSettings:
     """The settings of Algorithm 1 that run.toml asks for."""
     from gradstore.numerics.learner import LearnerSettings
@@ -105,9 +88,9 @@ def learner_settings(spec: RunSpec, tile: int) -> LearnerSettings:
 
 
 class TileReader:
-    """Gives C_q block by block; holds the tile of queries that q is in, because visits stay inside a tile."""
+    """Gives the valid rows of C_q block by block; holds the tile that q is in, because visits stay inside a tile."""
 
-    def __init__(self, contributions: ContributionArtifact, size: int, advance: Callable[[int], None]) -> None:
+    def __init__(self, contributions: Contributions, size: int, advance: Callable[[int], None]) -> None:
         self._contributions = contributions
         self._size = size
         self._advance = advance
@@ -120,8 +103,8 @@ class TileReader:
         if query // self._size != self._tile:
             self._tile = query // self._size
             first = self._tile * self._size
-            last = min(first + self._size, self._contributions.shape.queries)
-            self._blocks = list(self._contributions.read_blocks(first, last))
+            last = min(first + self._size, self._contributions.artifact.shape.queries)
+            self._blocks = [c_QNM for _, c_QNM in self._contributions.read_blocks(first, last)]
         for block in self._blocks:
             yield block[query % self._size]
 

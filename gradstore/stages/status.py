@@ -45,7 +45,8 @@ def status(store_url: str) -> dict[str, Any]:
 def _feature_set(store: FeatureStore, name: str) -> dict[str, Any]:
     feature_set = store.open_set(name)
     info = feature_set.info
-    committed = info.num_blocks - len(feature_set.missing_blocks())
+    total = info.num_blocks * len(info.members)
+    missing = sum(len(feature_set.of_member(member).missing_blocks()) for member in info.members)
     return {
         "name": name,
         "rows": info.rows,
@@ -53,7 +54,8 @@ def _feature_set(store: FeatureStore, name: str) -> dict[str, Any]:
         "features": sum(array.features for array in info.arrays),
         "dtype": info.dtype,
         "block_rows": info.block_rows,
-        "blocks": {"committed": committed, "total": info.num_blocks},
+        "members": list(info.members),
+        "blocks": {"committed": total - missing, "total": total},
     }
 
 

@@ -6,14 +6,15 @@ A store holds
     features/<set>/set.json                           rows, blocks, arrays and data hash of a feature set that is ready
     features/<set>/<member>/<group>                   Zarr array [rows, features]; a lone member is m0
     features/<set>/inputs/<block>.parquet             what enters the model, written by the creator of the set
-    features/<set>/{examples,statistics}/<block>.parquet
-    features/<set>/blocks/<block>.<generation>.json   commit records
-    kernels/<name>/{eigenvalues,eigenvectors}/<group> Zarr arrays [d] and [d, d]
-    queries/<kernel>/<set>/features/<group>           Zarr array [queries, features]
+    features/<set>/{examples,statistics}/<member>/<block>.parquet
+    features/<set>/blocks/<member>/<block>.<generation>.json   commit records
+    projections/<name>/{left,right}/<part>            Zarr arrays [r, O] and [r, I]
+    kernels/<name>/<member>/{eigenvalues,eigenvectors}/<group> Zarr arrays [d] and [d, d]
+    queries/<kernel>/<set>/<member>/features/<group>  Zarr array [queries, features]
     contributions/<kernel>/<set>/values/c             Zarr array [queries, examples, groups]
     weights/<name>/{weights,trajectory}.parquet
     scores/<name>/{proponents.parquet,summary.json}
-and in the folder of each artifact, which are the last five,
+and in the folder of each artifact, which are the last six,
     artifact.json                                     settings and number of units, of the first creator
     commits/<unit>.<generation>.json                  commit records
 """
@@ -93,7 +94,7 @@ def group_array(folder: str, group: str) -> str:
 
 
 def part_path(part: str, block: int) -> str:
-    """Path, inside a feature set, of a block's parquet part: ``inputs``, ``examples`` or ``statistics``."""
+    """Path, inside a feature set, of a block's parquet part: ``inputs``, ``examples/<member>``, ``statistics/<member>``."""
     return f"{part}/{block:06d}.parquet"
 
 

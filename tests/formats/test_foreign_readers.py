@@ -54,7 +54,7 @@ def test_zarr_python_reads_the_stored_values(tmp_path: Path, dtype: Literal["flo
     made = filled(tmp_path, dtype)
     root = zarr.open_group(str(tmp_path), mode="r")
     for array in made.info.arrays:
-        stored = root[f"features/train/{made.info.array_path(array.name)}"]
+        stored = root[f"features/train/{made.info.array_path('m0', array.name)}"]
         assert isinstance(stored, zarr.Array)
         assert stored.dtype == np.dtype(dtype)
         assert stored.attrs.get("scale_factor", 1.0) == array.scale
@@ -66,7 +66,7 @@ def test_zarr_python_reads_the_stored_values(tmp_path: Path, dtype: Literal["flo
 def test_tensorstore_reads_the_stored_values(tmp_path: Path, dtype: Literal["float32", "float16"]) -> None:
     made = filled(tmp_path, dtype)
     for array in made.info.arrays:
-        path = tmp_path / "features/train" / made.info.array_path(array.name)
+        path = tmp_path / "features/train" / made.info.array_path("m0", array.name)
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
         values = np.asarray(tensorstore.open(spec, read=True).result().read().result())
         assert values.dtype == np.dtype(dtype)
@@ -75,7 +75,7 @@ def test_tensorstore_reads_the_stored_values(tmp_path: Path, dtype: Literal["flo
 
 def test_every_reader_notices_a_flipped_bit(tmp_path: Path) -> None:
     made = filled(tmp_path)
-    path = tmp_path / "features/train" / made.info.array_path("a/b")
+    path = tmp_path / "features/train" / made.info.array_path("m0", "a/b")
     chunk = path / "c/0/0"
     data = bytearray(chunk.read_bytes())
     data[9] ^= 2
@@ -90,7 +90,7 @@ def test_every_reader_notices_a_flipped_bit(tmp_path: Path) -> None:
 def test_what_zarr_python_writes_the_store_would_have_written(tmp_path: Path) -> None:
     made = filled(tmp_path / "ours")
     array = made.info.arrays[0]
-    inside = f"features/train/{made.info.array_path(array.name)}"
+    inside = f"features/train/{made.info.array_path('m0', array.name)}"
     theirs = zarr.create_array(
         str(tmp_path / "theirs"),
         shape=(made.info.rows, array.features),
@@ -129,12 +129,12 @@ def test_xarray_opens_contributions_queries_and_spectra(tmp_path: Path) -> None:
     decoded = dataset["c"].astype("float32") * dataset[dataset["c"].attrs["scaled_by"]]
     np.testing.assert_array_equal(decoded.values, np.concatenate(list(made.read_blocks(0, 3)), axis=1))
 
-    queries = QueryArtifact.create(storage, "block", "eval", settings={}, queries=3, widths={"a": 2})
+    queries = QueryArtifact.create(storage, "block", ("eval", "m0"), settings={}, queries=3, widths={"a": 2})
     queries.write({"a": values[:, 0]}, facts={})
-    opened = xarray.open_zarr(str(tmp_path), group="queries/block/eval/features", consolidated=False, chunks=None)
+    opened = xarray.open_zarr(str(tmp_path), group="queries/block/eval/m0/features", consolidated=False, chunks=None)
     np.testing.assert_array_equal(opened["a"].values, values[:, 0])
 
-    kernel = KernelArtifact.create(storage, "block", settings={}, widths={"a": 2}, bundles=[["a"]])
+    kernel = KernelArtifact.create(storage, "block", "m0", settings={}, widths={"a": 2}, bundles=[["a"]])
     kernel.write_bundle(0, {"a": (np.array([1.0, 2.0]), np.eye(2))}, facts={})
-    opened = xarray.open_zarr(str(tmp_path), group="kernels/block/eigenvalues", consolidated=False, chunks=None)
+    opened = xarray.open_zarr(str(tmp_path), group="kernels/block/m0/eigenvalues", consolidated=False, chunks=None)
     np.testing.assert_array_equal(opened["a"].values, [1.0, 2.0])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gradstore.adapters.documents import DocumentReader
+from gradstore.adapters.text.documents import DocumentReader
 from gradstore.errors import DataError
 from gradstore.spec import SplitSection
 

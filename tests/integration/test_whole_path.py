@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gradstore.numerics.learner import LearnerSettings, initial_raw_weights, visit_order
+from gradstore.numerics.projection import Logra
 from gradstore.plan.resolve import make_adapter, model_shape, resolve_projection
 from gradstore.spec import read_spec
 from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact, WeightsArtifact
@@ -53,7 +54,8 @@ def test_every_number_of_the_path_is_the_oracles(finished: Path) -> None:
     groups = model_shape(adapter, model, spec).partition.groups
     names = [group.name for group in groups]
     projection = resolve_projection(spec)
-    matrices = {group.name: projection.matrices(group, seed=spec.run.seed) for group in groups}  # type: ignore[attr-defined]
+    assert isinstance(projection, Logra)
+    matrices = {group.name: projection.part_matrices(*group.parts, seed=spec.run.seed) for group in groups}
 
     features = {}
     for set_name in SETS:
@@ -62,10 +64,12 @@ def test_every_number_of_the_path_is_the_oracles(finished: Path) -> None:
         expected: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for block in range(feature_set.info.num_blocks):
             for example in from_table(feature_set.read_inputs(block)):
-                gradients = oracle.gradient(model, lambda m, e=example: adapter.outputs(m, [e]).sum(), names)  # type: ignore[misc]
+                gradients = oracle.gradient(model, lambda m, e=example: adapter.outputs(m, [e]))  # type: ignore[misc]
                 for name in names:
                     output_matrix, input_matrix = (matrix.numpy() for matrix in matrices[name])
-                    expected[name].append(oracle.project_two_sided(gradients[name], output_matrix, input_matrix))
+                    expected[name].append(
+                        oracle.project_two_sided(gradients[f"{name}.weight"], output_matrix, input_matrix)
+                    )
         # float16 rounds the train set to 2^-11; the model itself runs in float32.
         tolerance = 1e-3 if feature_set.info.dtype == "float16" else 1e-4
         for name in names:
@@ -195,7 +199,7 @@ def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_th
 ) -> None:
     (tmp_path / "model").symlink_to(finished.parent / "model")
     run = make_run(tmp_path, str(tmp_path / "store"))
-    records = tmp_path / "store" / "features" / "train" / "blocks"
+    records = tmp_path / "store" / "features" / "train" / "blocks" / "m0"
     killed = subprocess.Popen(command("run", run), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (records.exists() and any(records.glob("*.json"))) and time.monotonic() < deadline:

@@ -17,7 +17,8 @@ from gradstore.plan import make_plan
 from gradstore.plan.memory import PROCESS_BYTES
 from gradstore.spec import RunSpec, read_spec
 from gradstore.stages.contribute import contribute, contribute_span
-from gradstore.stages.featurize import featurize, featurize_block
+from gradstore.stages.featurize import featurize
+from gradstore.stages.featurize.block import featurize_blocks
 from gradstore.stages.kernel import build_bundle, build_kernel
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.tail_patch import patch_query, tail_patches
@@ -149,7 +150,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Measured]
 
     def tail_patch(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         rows = [list(range(spec.score.tail_patch.k))]
-        tail_patches(spec, engine, progress, {"first": rows})
+        tail_patches(spec, engine, progress, {"first": rows}, [0])
 
     def contribute_from_identity(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         build_kernel(spec, engine, progress)
@@ -157,7 +158,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Measured]
 
     found = {}
     cases: list[tuple[str, RunSpec, Callable[..., None], Callable[..., Any], bool]] = [
-        ("featurize", spec, featurize, featurize_block, True),
+        ("featurize", spec, featurize, featurize_blocks, True),
         ("kernel", spec, build_kernel, build_bundle, False),
         ("contribute", identity, contribute_from_identity, contribute_span, False),
         ("score", spec, tail_patch, patch_query, False),

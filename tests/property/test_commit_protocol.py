@@ -76,7 +76,7 @@ class CommitProtocol(RuleBasedStateMachine):
     def damage_an_object_of_an_uncommitted_block(self, block: int, data: st.DataObject) -> None:
         if not self.created or block not in self.opened(self.storage).missing_blocks():
             return
-        ends = (f"/c/{block}/0", f"examples/{block:06d}.parquet", f"statistics/{block:06d}.parquet")
+        ends = (f"/c/{block}/0", f"examples/m0/{block:06d}.parquet", f"statistics/m0/{block:06d}.parquet")
         found = sorted(info.path for info in self.storage.list_objects(INFO.folder) if info.path.endswith(ends))
         if found:
             path = data.draw(st.sampled_from(found))

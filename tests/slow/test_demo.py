@@ -64,7 +64,7 @@ def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks
     demo: Path, tmp_path: Path
 ) -> None:
     run = command("featurize", ROOT / "pipelines" / "quickstart" / "run.toml")
-    records = tmp_path / "runs" / "demo" / "features" / "train" / "blocks"
+    records = tmp_path / "runs" / "demo" / "features" / "train" / "blocks" / "m0"
     killed = subprocess.Popen(run, cwd=tmp_path, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while not (records.exists() and len(list(records.glob("*.json"))) >= 3) and time.monotonic() < deadline:

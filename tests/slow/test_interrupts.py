@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def wait_for_a_record(store: Path) -> None:
     """Until a block of the train set is committed."""
     deadline = time.monotonic() + 120
-    while not list(store.glob("features/train/blocks/*.json")):
+    while not list(store.glob("features/train/blocks/m0/*.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

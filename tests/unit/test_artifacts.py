@@ -47,7 +47,7 @@ def spectrum(width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_kernel(storage: Storage, name: str = "block", **changes: Any) -> KernelArtifact:
-    return KernelArtifact.create(storage, name, settings={**SETTINGS, **changes}, widths=WIDTHS, bundles=BUNDLES)
+    return KernelArtifact.create(storage, name, "m0", settings={**SETTINGS, **changes}, widths=WIDTHS, bundles=BUNDLES)
 
 
 def write_bundle(kernel: KernelArtifact, bundle: int) -> None:
@@ -74,7 +74,7 @@ def test_spectra_read_back_bundle_by_bundle(storage: Storage) -> None:
     np.testing.assert_array_equal(vectors, exact_vectors.astype(np.float32))
     assert values.dtype == np.float64
     assert vectors.dtype == np.float32
-    with pytest.raises(NotReadyError, match=r"kernels/block: part 1 of 2 is not committed. Run `gradstore kernel`"):
+    with pytest.raises(NotReadyError, match=r"kernels/block/m0: part 1 of 2 is not committed. Run `gradstore kernel`"):
         kernel.read("a/b")
     assert kernel.missing_units() == [1]
     assert not kernel.is_complete()
@@ -83,15 +83,15 @@ def test_spectra_read_back_bundle_by_bundle(storage: Storage) -> None:
 
 
 def test_a_kernel_without_spectra_is_complete_when_created(storage: Storage) -> None:
-    kernel = KernelArtifact.create(storage, "identity", settings={"kind": "identity"}, widths={}, bundles=())
+    kernel = KernelArtifact.create(storage, "identity", "m0", settings={"kind": "identity"}, widths={}, bundles=())
     assert kernel.is_complete()
-    assert KernelArtifact.open(storage, "identity").settings["kind"] == "identity"
+    assert KernelArtifact.open(storage, "identity", "m0").settings["kind"] == "identity"
 
 
 def test_bundles_of_the_first_creation_win(storage: Storage) -> None:
     make_kernel(storage)
     again = KernelArtifact.create(
-        storage, "block", settings=SETTINGS, widths=WIDTHS, bundles=[[group] for group in WIDTHS]
+        storage, "block", "m0", settings=SETTINGS, widths=WIDTHS, bundles=[[group] for group in WIDTHS]
     )
     assert again.bundles == [list(bundle) for bundle in BUNDLES]
     assert again.info.num_units == 2
@@ -101,7 +101,7 @@ def test_other_settings_are_refused_field_by_field(storage: Storage) -> None:
     make_kernel(storage)
     with pytest.raises(ContractError) as caught:
         make_kernel(storage, damping=0.2)
-    assert "kernels/block was made with other settings" in str(caught.value)
+    assert "kernels/block/m0 was made with other settings" in str(caught.value)
     assert "damping: store has 0.1, the run asks for 0.2" in str(caught.value)
     make_kernel(storage, name="block-2", damping=0.2)
 
@@ -109,7 +109,7 @@ def test_other_settings_are_refused_field_by_field(storage: Storage) -> None:
 @pytest.mark.parametrize(
     ("kind", "way_out"),
     [
-        ("kernel", "delete URL/kernels/a and run `gradstore kernel` again, or choose another run.store."),
+        ("kernel", "delete URL/kernels/a/m0 and run `gradstore kernel` again, or choose another run.store."),
         ("queries", "choose another kernel.name (and learn.name)."),
         ("contributions", "choose another kernel.name (and learn.name)."),
         ("weights", "choose another learn.name."),
@@ -122,8 +122,8 @@ def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_delet
     def create(settings: dict[str, Any]) -> None:
         shape = ContributionShape(queries=2, rows=2, groups=("g",), block_rows=2, query_tile=2)
         creators: dict[str, Callable[[], object]] = {
-            "kernel": lambda: KernelArtifact.create(storage, "a", settings=settings, widths={}, bundles=()),
-            "queries": lambda: QueryArtifact.create(storage, "a", "b", settings=settings, queries=1, widths={}),
+            "kernel": lambda: KernelArtifact.create(storage, "a", "m0", settings=settings, widths={}, bundles=()),
+            "queries": lambda: QueryArtifact.create(storage, "a", ("b", "m0"), settings=settings, queries=1, widths={}),
             "contributions": lambda: ContributionArtifact.create(storage, "a", "b", settings=settings, shape=shape),
             "weights": lambda: WeightsArtifact.create(storage, "a", settings=settings),
             "scores": lambda: ScoresArtifact.create(storage, "a", settings=settings),
@@ -139,11 +139,11 @@ def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_delet
 def test_a_damaged_object_of_an_artifact_is_named_with_its_record_and_both_made_anew(storage: Storage) -> None:
     kernel = make_kernel(storage)
     write_bundle(kernel, 0)
-    chunk, record = "kernels/block/eigenvectors/blocks/c/0/0", "kernels/block/commits/000000.0.json"
+    chunk, record = "kernels/block/m0/eigenvectors/blocks/c/0/0", "kernels/block/m0/commits/000000.0.json"
     storage.delete(chunk)
     storage.publish(chunk, [b"x"])
     with pytest.raises(IntegrityError) as caught:
-        KernelArtifact.open(storage, "block").read("blocks")
+        KernelArtifact.open(storage, "block", "m0").read("blocks")
     assert f"{storage.url}/{chunk}: its bytes are not those that were committed" in str(caught.value)
     assert f"its commit record {storage.url}/{record}; then run `gradstore kernel` again" in str(caught.value)
 
@@ -151,7 +151,7 @@ def test_a_damaged_object_of_an_artifact_is_named_with_its_record_and_both_made_
         storage.delete(path)
     write_bundle(make_kernel(storage), 0)
 
-    KernelArtifact.open(storage, "block").read("blocks")
+    KernelArtifact.open(storage, "block", "m0").read("blocks")
 
 
 @pytest.mark.parametrize("damage", [b"{", b'{"a": 1, "crc32c": "\xff"}'])
@@ -200,11 +200,11 @@ def test_a_name_that_is_no_folder_name_is_refused(storage: Storage) -> None:
 
 def test_queries_read_back(storage: Storage) -> None:
     features = {group: np.random.default_rng(width).random((6, width), np.float32) for group, width in WIDTHS.items()}
-    made = QueryArtifact.create(storage, "block", "eval", settings=SETTINGS, queries=6, widths=WIDTHS)
-    with pytest.raises(NotReadyError, match="queries/block/eval: part 0 of 1 is not committed"):
+    made = QueryArtifact.create(storage, "block", ("eval", "m0"), settings=SETTINGS, queries=6, widths=WIDTHS)
+    with pytest.raises(NotReadyError, match="queries/block/eval/m0: part 0 of 1 is not committed"):
         made.read_all()
     made.write(features, facts={})
-    opened = QueryArtifact.open(storage, "block", "eval")
+    opened = QueryArtifact.open(storage, "block", ("eval", "m0"))
     found = opened.read_all()
     assert list(found) == list(WIDTHS)
     for group, values in features.items():
@@ -288,7 +288,7 @@ def test_an_artifact_of_a_newer_format_is_refused(storage: Storage) -> None:
 def test_an_unfinished_artifact_is_swept_when_it_is_created_again(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     make_kernel(storage)
-    abandoned = tmp_path / "kernels/block/.gradstore-dead"
+    abandoned = tmp_path / "kernels/block/m0/.gradstore-dead"
     abandoned.write_bytes(b"")
     os.utime(abandoned, (0, 0))
     make_kernel(storage)
@@ -344,7 +344,7 @@ def test_the_list_of_artifacts_tells_how_much_of_each_is_committed(storage: Stor
     WeightsArtifact.create(storage, "learned", settings={"k": 10})
     found = {(status.kind, status.name): (status.committed, status.total) for status in list_artifacts(storage)}
     assert found == {
-        ("kernel", "block"): (1, 2),
+        ("kernel", "block/m0"): (1, 2),
         ("contributions", "block/eval"): (1, 3),
         ("weights", "learned"): (0, 1),
     }

@@ -24,6 +24,18 @@ def test_bm25_keeps_no_more_rows_than_there_are() -> None:
     assert sorted(rows[0].tolist()) == [0, 1, 2, 3]
 
 
+def test_bm25_of_documents_without_words_matches_all_equally() -> None:
+    rows, scores = bm25(["goal", ""], ["", "!", "the"], 2)
+    assert rows.tolist() == [[0, 1], [0, 1]]
+    assert not scores.any()
+
+
+def test_bm25_of_a_query_without_words_matches_nothing() -> None:
+    rows, scores = bm25(["", "goal"], DOCUMENTS, 2)
+    assert not scores[0].any()
+    assert set(rows[1].tolist()) == {2, 3}
+
+
 def test_random_rows_are_distinct_and_repeatable() -> None:
     rows = random_rows(num_queries=3, num_rows=20, k=10, seed=4)
     assert all(len(set(row)) == 10 for row in rows.tolist())

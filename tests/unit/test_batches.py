@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore.stages.featurize import batches
+from gradstore.stages.featurize.batches import batches
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

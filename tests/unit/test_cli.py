@@ -15,7 +15,7 @@ from tests.runs import gradstore, make_run
 
 ROOT = Path(__file__).parents[2]
 Invoke = Callable[..., tuple[int, str, str]]
-COMMANDS = ("init", "plan", "featurize", "kernel", "contribute", "learn", "score", "report", "run", "status")
+COMMANDS = ("init", "plan", "doctor", "featurize", "kernel", "contribute", "learn", "score", "report", "run", "status")
 
 
 @pytest.fixture
@@ -85,8 +85,16 @@ def test_plan_as_a_table_says_what_is_skipped(invoke: Invoke) -> None:
     ("change", "code", "message"),
     [
         ({"model": {"adapter": "gpt"}}, 2, "model.adapter: found 'gpt'; accepted: causal_lm"),
-        ({"features": {"projection": {"kind": "trak"}}}, 2, "features.projection.kind: found 'trak'; accepted: logra"),
-        ({"features": {"projection": {"rank": 4}}}, 2, "features.projection.kind: is missing; accepted: logra"),
+        (
+            {"features": {"projection": {"kind": "trak"}}},
+            2,
+            "features.projection.kind: found 'trak'; accepted: dense, fact-sjlt, identity, logra",
+        ),
+        (
+            {"features": {"projection": {"rank": 4}}},
+            2,
+            "features.projection.kind: is missing; accepted: dense, fact-sjlt",
+        ),
         ({"learn": {"k": 49}}, 2, "learn.k: found 49; accepted: at most the 48 rows of data.train"),
         ({"kernel": {"kind": "full"}}, 2, "kernel.kind: found 'full'; accepted: block, identity"),
         ({"kernel": {"dampnig": 1.0}}, 2, "kernel.dampnig: unknown key; accepted for block: damping, mode"),

@@ -88,10 +88,10 @@ def test_a_damaged_set_document_is_made_anew_when_it_is_deleted_as_the_message_s
 def test_a_damaged_chunk_is_named_with_its_record_and_the_command(url: str) -> None:
     made = stores.create(url, stores.set_info())
     stores.write(made, 1)
-    for path in ("m0/layers.0.mlp/c/1/0", "examples/000001.parquet"):
+    for path in ("m0/layers.0.mlp/c/1/0", "examples/m0/000001.parquet"):
         made.storage.delete(f"features/train/{path}")
-    said = rf"its commit record {url}/features/train/blocks/000001\.0\.json; then run `gradstore featurize` again"
+    said = rf"its commit record {url}/features/train/blocks/m0/000001\.0\.json; then run `gradstore featurize` again"
     with pytest.raises(ObjectMissingError, match=rf"layers\.0\.mlp/c/1/0: is missing.*{said}"):
         made.read_block(1)
-    with pytest.raises(ObjectMissingError, match=rf"examples/000001\.parquet: is missing.*{said}"):
+    with pytest.raises(ObjectMissingError, match=rf"examples/m0/000001\.parquet: is missing.*{said}"):
         made.read_examples()

@@ -115,7 +115,7 @@ def test_a_snapshot_is_complete_or_says_how_much_is_there(url: str) -> None:
         made.snapshot()
     stores.write(made, 0)
     stores.write(made, 2)
-    assert made.snapshot().to_json() == {"feature_set": "train", "blocks": [[0, 0], [1, 0], [2, 0]]}
+    assert made.snapshot().to_json() == {"feature_set": "train", "member": "m0", "blocks": [[0, 0], [1, 0], [2, 0]]}
 
 
 def test_writing_a_committed_block_again_returns_its_record_and_writes_nothing(url: str) -> None:
@@ -155,8 +155,8 @@ def test_the_record_names_every_object_of_the_block(url: str) -> None:
         "m0/layers.0.mlp/c/1/0",
         "m0/layers.1.mlp/c/1/0",
         "m0/head%2F%CE%BC/c/1/0",
-        "examples/000001.parquet",
-        "statistics/000001.parquet",
+        "examples/m0/000001.parquet",
+        "statistics/m0/000001.parquet",
     }
     sizes = {
         info.path.removeprefix("features/train/"): info.bytes for info in made.storage.list_objects("features/train")
@@ -244,7 +244,7 @@ def test_creators_at_any_moment_of_each_other_make_one_set(url: str, changes: in
     assert pa.concat_tables(inputs).equals(pa.concat_tables(stores.inputs(ours)))
     assert [table.num_rows for table in inputs] == [table.num_rows for table in stores.inputs(made.info)]
     for array in made.info.arrays:
-        metadata = json.loads(storage.read(f"features/train/{made.info.array_path(array.name)}/zarr.json"))
+        metadata = json.loads(storage.read(f"features/train/{made.info.array_path('m0', array.name)}/zarr.json"))
         assert metadata["attributes"]["scale_factor"] == array.scale
         assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == [made.info.block_rows, array.features]
     if not dies and 0 not in made.missing_blocks():
@@ -288,7 +288,7 @@ def test_a_set_that_is_opened_reads_each_record_once_and_one_generation(
     asked = records_read(opened.storage, monkeypatch)
     first = opened.read_block(0)
     missing = {"unit": 0, "generation": 1, "state": "missing", "attempt": "repair", "objects": {}, "facts": {}}
-    made.storage.publish("features/train/blocks/000000.1.json", encode_document(missing).parts)
+    made.storage.publish("features/train/blocks/m0/000000.1.json", encode_document(missing).parts)
     again = opened.read_block(0, ["layers.0.mlp"])
     np.testing.assert_array_equal(again["layers.0.mlp"], first["layers.0.mlp"])
     assert asked == ["000000.0.json", "000000.1.json"]
@@ -349,7 +349,7 @@ def test_a_column_without_a_type_is_refused_because_other_tools_could_not_join_t
         ({"name": "../x"}, "found '../x'"),
         ({"block_rows": 0}, "blocks need at least one"),
         ({"dtype": "int8"}, "accepted: float32, float16"),
-        ({"members": ("m0", "m1")}, "this version writes"),
+        ({"members": ("m0", "m0")}, "each of its own"),
     ],
 )
 def test_a_set_that_the_format_cannot_hold_is_refused(change: dict[str, object], said: str) -> None:

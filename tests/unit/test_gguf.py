@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradstore.adapters.causal_lm import CausalLM
-from gradstore.adapters.gguf import dequantise, dequantised_folder
+from gradstore.adapters.models.gguf import dequantise, dequantised_folder
 from gradstore.errors import SpecError
 from gradstore.spec import DataSection, ModelSection
 from tests.models import SENTENCES, make_tiny_gguf, make_tiny_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from gradstore.cluster import Engine, Task
+from gradstore.cluster import Engine
 from gradstore.errors import ResourceError
 from gradstore.numerics.kernel import spectrum
 from gradstore.plan import FILE_BYTES, Plan, make_plan
@@ -28,18 +27,10 @@ from gradstore.stages.score.stage import PRECISION_K
 from gradstore.store.artifacts import KernelArtifact
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureStore
-from tests.runs import make_run
+from tests.runs import InThisProcess, make_run
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "pipelines" / "openwebtext-llama3-8b" / "run.toml"
-
-
-class InThisProcess:
-    """An engine without a cluster."""
-
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
-        for task in tasks:
-            yield task, task.function(*task.arguments)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +38,10 @@ class InThisProcess:
     [
         {},
         {"contribute": {"dtype": "float16"}, "kernel": {"kind": "identity"}, "features": {"block_rows": 5}},
+        {"model": {"members": [{"name": "early", "eta": 0.5}, {"name": "late"}]}},
+        {"features": {"projection": {"kind": "lorif", "rank": 4, "matrices": "pca", "pca_rows": 8}}},
     ],
-    ids=["spectra and float32", "no spectra and float16"],
+    ids=["spectra and float32", "no spectra and float16", "members", "factors of principal components"],
 )
 def test_a_run_writes_the_objects_and_array_bytes_that_were_planned(
     tiny_run: Path, tmp_path: Path, changes: dict[str, dict[str, Any]]
@@ -127,8 +120,8 @@ def test_contribute_counts_the_queries_of_both_sets(spectra: str) -> None:
     spec = read_spec(REFERENCE)
     kernel = spec.kernel.model_copy(update={"kind": spectra, "options": {}})
     spec = spec.model_copy(update={"kernel": kernel})
-    both = make_plan(spec, {"train": 99_642, "learn": 500, "eval": 500})
-    one = make_plan(spec, {"train": 99_642, "learn": 500, "eval": 1})
+    fewer = spec.data.model_copy(update={"eval": spec.data.eval.model_copy(update={"rows": 1})})
+    both, one = make_plan(spec), make_plan(spec.model_copy(update={"data": fewer}))
     more = stages_of(both)["contribute"].task_memory_bytes - stages_of(one)["contribute"].task_memory_bytes
     block_rows, groups = both.sets["train"].block_rows, len(both.widths)
     assert more == 499 * 4 * (both.features + block_rows * groups)
@@ -173,12 +166,12 @@ def test_a_bundle_of_groups_is_stored_as_decomposed_one_by_one(tiny_run: Path, t
     for stage in STAGES[:2]:
         stage(spec, cast(Engine, InThisProcess()), Progress(quiet=True))
     store = FeatureStore.open(spec.run.store)
-    train, made = store.open_set("train"), KernelArtifact.open(store.storage, "block")
+    train, made = store.open_set("train"), KernelArtifact.open(store.storage, "block", "m0")
     names = [array.name for array in train.info.arrays]
     artifact = KernelArtifact.create(
-        store.storage, "three", settings={}, widths=dict.fromkeys(names, 16), bundles=[names[:3], names[3:]]
+        store.storage, "three", "m0", settings={}, widths=dict.fromkeys(names, 16), bundles=[names[:3], names[3:]]
     )
-    assert build_bundle(spec.run.store, "three", 0) == 3
+    assert build_bundle(spec.run.store, "three", "m0", 0) == 3
     for name in names[:3]:
         rows = np.concatenate([train.read_block(block, [name])[name] for block in range(train.info.num_blocks)])
         values, vectors = artifact.read(name)

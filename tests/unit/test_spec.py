@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from gradstore.errors import SpecError
-from gradstore.spec import content_hash, differences, parse_spec, read_spec, resolve_kind
+from gradstore.groups import Grouping
+from gradstore.spec import RunSpec, content_hash, differences, parse_spec, read_spec, resolve_kind
 
 Values = dict[str, Any]
 MINIMAL: Values = {
@@ -111,10 +112,45 @@ def test_paths_are_relative_to_the_file_and_the_store_to_the_working_directory(t
     assert spec.data.train.source == str(tmp_path / "texts")
 
 
+def test_weights_members_and_files_of_labels_are_found_beside_the_file_too(tmp_path: Path) -> None:
+    for name in ("net.pt", "first.pt", "images.idx", "labels.idx"):
+        (tmp_path / name).touch()
+    (tmp_path / "run.toml").write_text(
+        '[run]\nname="a"\nstore="runs/a"\n[model]\nsource="nets:make"\nweights="net.pt"\n'
+        '[[model.members]]\nname="first"\nweights="first.pt"\n[[model.members]]\nname="last"\n'
+        '[data]\nsource="images.idx"\nlabels="labels.idx"\n'
+        "[data.train]\nrows=1\n[data.learn]\nrows=1\n[data.eval]\nrows=1\n"
+    )
+
+    spec = read_spec(tmp_path / "run.toml")
+
+    assert spec.model.source == "nets:make"
+    assert spec.model.of_member("first").weights == str(tmp_path / "first.pt")
+    assert spec.model.of_member("last").weights == str(tmp_path / "net.pt")
+    assert spec.data.eval.labels == str(tmp_path / "labels.idx")
+
+
 @dataclass(frozen=True)
 class Round:
     radius: int
     colour: Literal["red", "blue"] = "red"
+
+
+def test_every_field_of_a_grouping_is_a_key_with_the_same_default() -> None:
+    assert parse_spec(MINIMAL).features.groups.model_dump() == asdict(Grouping())
+
+
+def test_patterns_keep_the_order_of_the_file_because_the_first_that_matches_counts(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[run]\nname="a"\nstore="x"\n[model]\nsource="m"\n[data]\nsource="d"\n[data.train]\nrows=4\n[data.learn]\nrows=2\n'
+        '[data.eval]\nrows=3\n[features.groups]\nrule="patterns"\n[features.groups.patterns]\n"z"="a.*"\n"a"=".*"\n',
+        encoding="utf-8",
+    )
+    spec = read_spec(path)
+    sent = RunSpec.model_validate_json(spec.model_dump_json())
+
+    assert list(sent.features.groups.patterns.items()) == [("z", "a.*"), ("a", ".*")]
 
 
 def test_a_kind_is_made_from_its_options() -> None:

@@ -144,7 +144,11 @@ def _facts(store: FeatureStore, found: Mapping[str, Any], ranking: Mapping[str, 
                 f"{row['rows']:,} {name}" for name, row in sorted(sets.items(), key=lambda item: -item[1]["rows"])
             ),
         ),
-        ("sequence", f"up to {run['data']['train']['length']:,} tokens"),
+        *(
+            [("sequence", f"up to {run['data']['train']['length']:,} tokens")]
+            if contract["model"]["adapter"] == "causal_lm"
+            else []
+        ),
         ("groups", f"{train['groups']:,} groups, {train['features']:,} features an example"),
         ("projection", _settings(projection)),
         ("kernel", _settings(contributions["kernel_settings"])),

@@ -13,12 +13,16 @@ def bm25(
 ) -> tuple[Int[np.ndarray, "Q K"], Float[np.ndarray, "Q K"]]:
     """Rows and BM25 scores of the k documents that match each query best (Lucene's variant, English stop words).
 
-    Queries are whole texts, tokenised like the documents.
+    Queries are whole texts, tokenised like the documents. Documents without a single word are all matched equally: by 0.
     """
     import bm25s
 
+    words = bm25s.tokenize(list(documents), stopwords="en", show_progress=False)
+    if not any(words.ids):
+        shape = len(queries), min(k, len(documents))
+        return np.tile(np.arange(shape[1]), (shape[0], 1)), np.zeros(shape)
     index = bm25s.BM25(method="lucene")
-    index.index(bm25s.tokenize(list(documents), stopwords="en", show_progress=False), show_progress=False)
+    index.index(words, show_progress=False)
     tokens = bm25s.tokenize(list(queries), stopwords="en", show_progress=False)
     found = index.retrieve(tokens, k=min(k, len(documents)), show_progress=False)
     return np.asarray(found.documents, np.int64), np.asarray(found.scores, np.float64)

@@ -13,11 +13,11 @@ from gradstore.cluster import Engine
 from gradstore.errors import NotReadyError
 from gradstore.numerics.scores import Ranked, Ranking
 from gradstore.spec import RunSpec
-from gradstore.stages.learn import open_contributions
+from gradstore.stages.contributions import Contributions
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import bm25, random_rows
-from gradstore.stages.score.tail_patch import tail_patches
-from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact, WeightsArtifact
+from gradstore.stages.score.tail_patch import LOG_PROBABILITIES, tail_patches
+from gradstore.store.artifacts import ScoresArtifact, WeightsArtifact
 from gradstore.store.features import FeatureSet, FeatureStore
 
 UNWEIGHTED = "unweighted"
@@ -57,24 +57,31 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         If scores of these names were made otherwise.
     """
     store = FeatureStore.open(spec.run.store)
-    contributions = open_contributions(store, spec.kernel.name, "eval")
+    contributions = Contributions.open(store, spec.kernel.name, "eval")
     _weights(store, spec.learn.name)
+    train, queries = store.open_set("train"), store.open_set("eval")
     methods = [
         Method(name=UNWEIGHTED, kernel=spec.kernel.name),
         Method(name=spec.learn.name, kernel=spec.kernel.name, weights=spec.learn.name),
-        Method(name="bm25"),
+        # Images without captions have no words to compare.
+        *([Method(name="bm25")] if any(_texts(queries)) else []),
         Method(name="random"),
     ]
     artifacts = {method: _create(spec, store, contributions, method) for method in methods}
     artifacts = {method: artifact for method, artifact in artifacts.items() if not artifact.is_complete()}
     if not artifacts:
         return
-    train, queries = store.open_set("train"), store.open_set("eval")
-    keep = min(max(spec.score.k, PRECISION_K), train.info.rows)
+    valid = contributions.valid_rows(), _valid_queries(store)
+    keep = min(max(spec.score.k, PRECISION_K), len(valid[0]))
     ranks = _rank_by_scores(store, contributions, [*artifacts], keep, progress)
-    ranks |= _rank_by_baselines(spec, [*artifacts], train, queries, keep)
-    patches = _patch(spec, engine, progress, ranks)
-    labels = _labels(train), _labels(queries)
+    ranks |= _rank_by_baselines(spec, [*artifacts], (train, valid[0]), queries, keep)
+    patches = {}
+    if store.contract["model"]["output"] in LOG_PROBABILITIES:
+        patches = _patch(spec, engine, progress, ranks, valid[1][: spec.score.tail_patch.queries].tolist())
+    elif spec.score.tail_patch.queries:
+        progress.note(f"tail-patch is not measured: {store.contract['model']['output']} is no log-probability")
+    labels, query_labels = _labels(train), _labels(queries)
+    judged = {int(query): query_labels[query] for query in valid[1]}
     for method, artifact in artifacts.items():
         found = ranks[method]
         summary = {
@@ -82,12 +89,12 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
             "kernel": method.kernel,
             "weights": method.weights,
             "tail_patch": patches.get(method),
-            **_precision(found.proponents, *labels),
+            **_precision(found.proponents, labels, judged),
         }
         artifact.write(_table(found), summary, facts={"queries": queries.info.rows})
 
 
-def _create(spec: RunSpec, store: FeatureStore, contributions: ContributionArtifact, method: Method) -> ScoresArtifact:
+def _create(spec: RunSpec, store: FeatureStore, contributions: Contributions, method: Method) -> ScoresArtifact:
     settings: dict[str, Any] = {
         "method": method.name,
         "k": spec.score.k,
@@ -96,7 +103,7 @@ def _create(spec: RunSpec, store: FeatureStore, contributions: ContributionArtif
         "eval": store.open_set("eval").info.data_hash,
     }
     if method.kernel is not None:
-        settings["contributions"] = dict(contributions.settings)
+        settings["contributions"] = dict(contributions.artifact.settings)
     if method.weights is not None:
         settings["weights"] = dict(_weights(store, method.weights).settings)
     return ScoresArtifact.create(store.storage, method.artifact, settings=settings)
@@ -111,13 +118,13 @@ def _weights(store: FeatureStore, name: str) -> WeightsArtifact:
 
 def _rank_by_scores(
     store: FeatureStore,
-    contributions: ContributionArtifact,
+    contributions: Contributions,
     methods: Sequence[Method],
     keep: int,
     progress: Progress,
 ) -> dict[Method, Ranks]:
     """Rank under every weight vector in one read of C."""
-    shape = contributions.shape
+    shape = contributions.artifact.shape
     vectors = {}
     for method in methods:
         if method.weights is not None:
@@ -136,21 +143,20 @@ def _rank_by_scores(
 
 
 def _rank_tile(
-    contributions: ContributionArtifact,
+    contributions: Contributions,
     queries: tuple[int, int],
     vectors: Mapping[Method, np.ndarray],
     keep: int,
     advance: Callable[[int], None],
 ) -> dict[Method, Ranks]:
-    shape = contributions.shape
+    shape = contributions.artifact.shape
     size, groups = queries[1] - queries[0], len(shape.groups)
     rankings = {method: Ranking(num_queries=size, num_groups=groups, k=keep) for method in vectors}
     buffer = np.empty((size, shape.block_rows, groups), np.float32)
-    for block, c_QNM in enumerate(contributions.read_blocks(*queries, buffer)):
-        start, stop = shape.block_range(block)
+    for rows_N, c_QNM in contributions.read_blocks(*queries, buffer):
         for method, ranking in rankings.items():
-            ranking.update(c_QNM, vectors[method], np.arange(start, stop))
-        advance(stop - start)
+            ranking.update(c_QNM, vectors[method], rows_N)
+        advance(len(rows_N))
     return {
         method: Ranks(proponents=ranking.proponents(), opponents=ranking.opponents())
         for method, ranking in rankings.items()
@@ -170,33 +176,37 @@ def _joined(tiles: Sequence[Ranks]) -> Ranks:
 
 
 def _rank_by_baselines(
-    spec: RunSpec, methods: Sequence[Method], train: FeatureSet, queries: FeatureSet, keep: int
+    spec: RunSpec, methods: Sequence[Method], train: tuple[FeatureSet, np.ndarray], queries: FeatureSet, keep: int
 ) -> dict[Method, Ranks]:
+    """Rank the valid rows, the second of ``train``, as the scores do."""
     found = {}
+    feature_set, valid = train
     for method in methods:
         if method.name == "bm25" and method.kernel is None:
-            rows, scores = bm25(_texts(queries), _texts(train), keep)
+            texts = _texts(feature_set)
+            places, scores = bm25(_texts(queries), [texts[row] for row in valid], keep)
         elif method.name == "random" and method.kernel is None:
-            rows = random_rows(num_queries=queries.info.rows, num_rows=train.info.rows, k=keep, seed=spec.run.seed)
-            scores = np.zeros(rows.shape)
+            places = random_rows(num_queries=queries.info.rows, num_rows=len(valid), k=keep, seed=spec.run.seed)
+            scores = np.zeros(places.shape)
         else:
             continue
-        parts = np.empty((*rows.shape, 0), np.float32)
-        found[method] = Ranks(proponents=Ranked(rows=rows, scores=scores, parts=parts))
+        parts = np.empty((*places.shape, 0), np.float32)
+        found[method] = Ranks(proponents=Ranked(rows=valid[places], scores=scores, parts=parts))
     return found
 
 
 def _patch(
-    spec: RunSpec, engine: Engine, progress: Progress, ranks: Mapping[Method, Ranks]
+    spec: RunSpec, engine: Engine, progress: Progress, ranks: Mapping[Method, Ranks], queries: Sequence[int]
 ) -> dict[Method, dict[str, Any]]:
+    """The tail-patch of each method, of some queries."""
     from gradstore.numerics.metrics import mean_interval
 
-    if spec.score.tail_patch.queries == 0:
+    if not queries:
         return {}
     by_name = {method.artifact: method for method in ranks}
     rows = {method.artifact: found.proponents.rows.tolist() for method, found in ranks.items()}
     measured = {}
-    for name, changes in tail_patches(spec, engine, progress, rows).items():
+    for name, changes in tail_patches(spec, engine, progress, rows, queries).items():
         interval = mean_interval(changes, seed=spec.run.seed)
         measured[by_name[name]] = {
             **spec.score.tail_patch.model_dump(),
@@ -210,12 +220,12 @@ def _patch(
 
 
 def _precision(
-    ranked: Ranked, train_labels: Sequence[str | None], query_labels: Sequence[str | None]
+    ranked: Ranked, train_labels: Sequence[str | None], query_labels: Mapping[int, str | None]
 ) -> dict[str, float | None]:
-    """Label precision@10, mean over the queries that have a label, and what chance gives; None without labels."""
+    """Label precision@10, mean over those queries that have a label, and what chance gives; None without labels."""
     from gradstore.numerics.metrics import chance_precision, precision_at_k
 
-    labelled = [(query, label) for query, label in enumerate(query_labels) if label is not None]
+    labelled = [(query, label) for query, label in query_labels.items() if label is not None]
     if not labelled or ranked.rows.shape[1] < PRECISION_K:
         return {"precision_at_10": None, "chance": None}
     precisions = [
@@ -224,6 +234,13 @@ def _precision(
     ]
     chance = chance_precision(train_labels, [label for _, label in labelled])
     return {"precision_at_10": float(np.mean(precisions)), "chance": chance}
+
+
+def _valid_queries(store: FeatureStore) -> np.ndarray:
+    """Numbers of the eval queries that are valid in every member: others are ranked by zeros, and judged by nothing."""
+    members = store.open_set("eval").info.members
+    columns = [store.open_set("eval", member).read_examples(["valid"])["valid"].to_numpy() for member in members]
+    return np.flatnonzero(np.logical_and.reduce(columns))
 
 
 def _labels(feature_set: FeatureSet) -> list[str | None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.cluster import Engine, Task
 from gradstore.spec import RunSpec
+from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.loading import load_for
 from gradstore.stages.progress import Progress
 from gradstore.store.examples import Example, from_table
@@ -15,28 +16,33 @@ from gradstore.store.features import FeatureSet, FeatureStore
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# Output functions f that are minus a log-probability, or tell one.
+LOG_PROBABILITIES: Final = ("token_cross_entropy", "cross_entropy", MARGIN)
+
 
 def tail_patches(
-    spec: RunSpec, engine: Engine, progress: Progress, rankings: Mapping[str, Sequence[Sequence[int]]]
+    spec: RunSpec,
+    engine: Engine,
+    progress: Progress,
+    rankings: Mapping[str, Sequence[Sequence[int]]],
+    queries: Sequence[int],
 ) -> dict[str, list[float]]:
-    """Relative change, in percent, of the log-probability of the first queries, by ranking.
+    """Relative change, in percent, of the log-probability of some queries, by ranking.
 
     ``rankings`` holds, by name, the train rows of every query's proponents, best first.
     """
     patch = spec.score.tail_patch
-    queries = min(patch.queries, *(len(rows) for rows in rankings.values()))
     tasks = []
-    for query in range(queries):
+    for query in queries:
         proponents = {name: [int(row) for row in rows[query][: patch.k]] for name, rows in rankings.items()}
         arguments = (spec.run.store, spec.model_dump(), query, proponents)
         tasks.append(Task(name=f"tail-patch-{query:04d}", function=patch_query, arguments=arguments))
-    changes: dict[str, list[float]] = {name: [0.0] * queries for name in rankings}
-    with progress.stage("tail-patch", queries, "queries") as advance:
+    changes: dict[int, dict[str, float]] = {}
+    with progress.stage("tail-patch", len(tasks), "queries") as advance:
         for task, found in engine.run(tasks):
-            for name, change in found.items():
-                changes[name][task.arguments[2]] = change
+            changes[task.arguments[2]] = found
             advance(1)
-    return changes
+    return {name: [changes[query][name] for query in queries] for name in rankings}
 
 
 def patch_query(
@@ -55,7 +61,9 @@ def patch_query(
 
     def outputs(model: nn.Module, examples: Sequence[Example]) -> Tensor:
         # The step may be in half precision like the features; what it changes is far below its rounding.
-        return loaded.outputs(model, examples, exactly=not torch.is_grad_enabled())
+        found = loaded.outputs(model, examples, exactly=not torch.is_grad_enabled())
+        # Training raises a margin m = log(p / (1 - p)) and lowers its loss -log p = log(1 + e^-m).
+        return torch.nn.functional.softplus(-found) if loaded.output == MARGIN else found
 
     patch = spec.score.tail_patch
     return {

@@ -3,6 +3,7 @@
 from gradstore.store.artifacts.artifact import ArtifactStatus, list_artifacts
 from gradstore.store.artifacts.contributions import ContributionArtifact, ContributionShape
 from gradstore.store.artifacts.kernel import KernelArtifact
+from gradstore.store.artifacts.matrices import MatricesArtifact
 from gradstore.store.artifacts.queries import QueryArtifact
 from gradstore.store.artifacts.tables import ScoresArtifact, WeightsArtifact
 
@@ -11,6 +12,7 @@ __all__ = [
     "ContributionArtifact",
     "ContributionShape",
     "KernelArtifact",
+    "MatricesArtifact",
     "QueryArtifact",
     "ScoresArtifact",
     "WeightsArtifact",

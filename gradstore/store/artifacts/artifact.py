@@ -29,13 +29,15 @@ from gradstore.store.layout import ARTIFACT_FILE, FORMAT_VERSION, ArrayLayout, c
 
 # Top folder of each kind of artifact, and how many names lead from there to the artifact.
 FOLDERS: Final = {
-    "kernel": ("kernels", 1),
-    "queries": ("queries", 2),
+    "projection": ("projections", 1),
+    "kernel": ("kernels", 2),
+    "queries": ("queries", 3),
     "contributions": ("contributions", 2),
     "weights": ("weights", 1),
     "scores": ("scores", 1),
 }
 VERBS: Final = {
+    "projection": "featurize",
     "kernel": "kernel",
     "queries": "contribute",
     "contributions": "contribute",
@@ -44,6 +46,7 @@ VERBS: Final = {
 }
 # How a run gets its settings where an artifact of other settings is in the way; FOLDER stands for that artifact's.
 _WAYS_OUT: Final = {
+    "projection": "delete FOLDER and run `gradstore featurize` again.",
     "kernel": "delete FOLDER and run `gradstore kernel` again, or choose another run.store.",
     "queries": "choose another kernel.name (and learn.name).",
     "contributions": "choose another kernel.name (and learn.name).",
@@ -59,7 +62,7 @@ class ArtifactInfo:
     Attributes
     ----------
     kind
-        ``kernel``, ``queries``, ``contributions``, ``weights`` or ``scores``.
+        ``projection``, ``kernel``, ``queries``, ``contributions``, ``weights`` or ``scores``.
     num_units
         Units of work; the artifact is complete when all are committed.
     settings

@@ -16,7 +16,7 @@ from gradstore.store.layout import ArrayLayout, chunk_path, group_array
 
 
 class KernelArtifact(Artifact):
-    """Eigenvalues and eigenvectors of every group's Gram matrix, at ``kernels/<name>``; one unit is a bundle of groups.
+    """Eigenvalues and eigenvectors of every group's Gram matrix, at ``kernels/<name>/<member>``; one unit is a bundle of groups.
 
     A kernel that needs no spectra, such as identity, has no bundle and is complete when it is created.
     """
@@ -28,6 +28,7 @@ class KernelArtifact(Artifact):
         cls,
         storage: Storage,
         name: str,
+        member: str,
         *,
         settings: Mapping[str, Any],
         widths: Mapping[str, int],
@@ -37,8 +38,8 @@ class KernelArtifact(Artifact):
 
         Parameters
         ----------
-        storage, name
-            Where, and under which name.
+        storage, name, member
+            Where, under which name, and whose features it is built from.
         settings
             What is compared: kind and options of the kernel, the feature set and its snapshot.
         widths
@@ -65,14 +66,14 @@ class KernelArtifact(Artifact):
             values, vectors = _layouts(group, width)
             arrays[group_array("eigenvalues", group)] = values
             arrays[group_array("eigenvectors", group)] = vectors
-        made = cls._create(storage, (name,), info)
+        made = cls._create(storage, (name, member), info)
         made._publish_arrays(arrays)
         return made
 
     @classmethod
-    def open(cls, storage: Storage, name: str) -> KernelArtifact:
+    def open(cls, storage: Storage, name: str, member: str) -> KernelArtifact:
         """Open the artifact; NotReadyError if there is none of that name."""
-        return cls._open(storage, (name,))
+        return cls._open(storage, (name, member))
 
     @property
     def bundles(self) -> list[list[str]]:

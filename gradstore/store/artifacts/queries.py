@@ -18,7 +18,7 @@ _ARRAYS = "features"
 
 
 class QueryArtifact(Artifact):
-    """float32 [queries, features] of every group, at ``queries/<kernel>/<set>``; one unit is the whole."""
+    """float32 [queries, features] of every group, at ``queries/<kernel>/<set>/<member>``; one unit is the whole."""
 
     kind: ClassVar[str] = "queries"
 
@@ -27,7 +27,7 @@ class QueryArtifact(Artifact):
         cls,
         storage: Storage,
         kernel: str,
-        feature_set: str,
+        place: tuple[str, str],
         *,
         settings: Mapping[str, Any],
         queries: int,
@@ -37,8 +37,8 @@ class QueryArtifact(Artifact):
 
         Parameters
         ----------
-        storage, kernel, feature_set
-            Where, and the names of the kernel and of the queries' feature set.
+        storage, kernel, place
+            Where, and the names of the kernel, and of the queries' feature set and its member.
         settings
             What is compared: damping, the snapshot of the query set, and the kernel's settings.
         queries
@@ -57,14 +57,14 @@ class QueryArtifact(Artifact):
             settings={**settings, "queries": queries, "widths": dict(widths)},
         )
         arrays = {group_array(_ARRAYS, group): _layout(group, queries, width) for group, width in widths.items()}
-        made = cls._create(storage, (kernel, feature_set), info)
+        made = cls._create(storage, (kernel, *place), info)
         made._publish_arrays(arrays)
         return made
 
     @classmethod
-    def open(cls, storage: Storage, kernel: str, feature_set: str) -> QueryArtifact:
+    def open(cls, storage: Storage, kernel: str, place: tuple[str, str]) -> QueryArtifact:
         """Open the artifact; NotReadyError if there is none of that name."""
-        return cls._open(storage, (kernel, feature_set))
+        return cls._open(storage, (kernel, *place))
 
     @property
     def widths(self) -> dict[str, int]:

@@ -2,6 +2,6 @@
 
 from gradstore.store.features.feature_set import FeatureSet
 from gradstore.store.features.feature_store import FeatureStore
-from gradstore.store.features.info import FeatureArray, SetInfo, Snapshot
+from gradstore.store.features.info import FeatureArray, FeaturePart, SetInfo, Snapshot
 
-__all__ = ["FeatureArray", "FeatureSet", "FeatureStore", "SetInfo", "Snapshot"]
+__all__ = ["FeatureArray", "FeaturePart", "FeatureSet", "FeatureStore", "SetInfo", "Snapshot"]

@@ -36,20 +36,33 @@ class _Written:
 
 
 class FeatureSet:
-    """A feature set of a store; `FeatureStore.create_set` and `FeatureStore.open_set` make it.
+    """One member's features in a feature set of a store; `FeatureStore.create_set` and `FeatureStore.open_set` make it.
 
     Reading and writing are safe from several threads and, but for the buffers, from any number of processes. Of every block
     one generation is read throughout: that of the snapshot, or else of the first read. Another generation, which a repair
     or an erasure makes, is seen by a set that is opened anew.
     """
 
-    def __init__(self, storage: Storage, info: SetInfo, inputs: Mapping[str, ObjectEntry]) -> None:
+    def __init__(self, storage: Storage, info: SetInfo, inputs: Mapping[str, ObjectEntry], member: str) -> None:
         self.storage = storage
         self.info = info
-        self.log = CommitLog(storage, f"{info.folder}/blocks", "featurize")
+        self.member = member
+        self.log = CommitLog(storage, f"{info.folder}/blocks/{member}", "featurize")
         self._inputs = inputs
         self._buffers = Buffers()
         self._arrays = {array.name: array for array in info.arrays}
+
+    def of_member(self, member: str) -> FeatureSet:
+        """Return the same set as another of its members has it.
+
+        Raises
+        ------
+        NotReadyError
+            If the set has no such member.
+        """
+        if member not in self.info.members:
+            raise NotReadyError(f"{self._where}: has no member {member}; found: {', '.join(self.info.members)}.")
+        return FeatureSet(self.storage, self.info, self._inputs, member)
 
     def missing_blocks(self) -> list[int]:
         """Blocks that are not committed, in order."""
@@ -69,7 +82,7 @@ class FeatureSet:
                 f"{self._where}: {len(units)} of {self.info.num_blocks} blocks are committed. Run `gradstore featurize` "
                 "again: it computes the missing ones."
             )
-        return Snapshot(feature_set=self.info.name, blocks=tuple(units.items()))
+        return Snapshot(feature_set=self.info.name, member=self.member, blocks=tuple(units.items()))
 
     def read_inputs(self, block: int) -> pa.Table:
         """What enters the model for a block's rows: the table that the creator gave.
@@ -114,7 +127,7 @@ class FeatureSet:
         examples
             The example table of the block's rows.
         statistics
-            Number of rows and sum of squares over the block, one row for each group.
+            Sums over the block's valid rows, one row for each group or part of one.
         facts
             What to keep in the record beside ``rows``, ``nan_rows`` (rows in which a feature is not finite),
             ``saturated`` and ``flushed`` (values that float16 could not hold, and that it made zero), and
@@ -137,7 +150,7 @@ class FeatureSet:
         )
         objects = {item.path: item.entry for item in written}
         for part, table in (("examples", examples), ("statistics", statistics)):
-            path = part_path(part, block)
+            path = part_path(f"{part}/{self.member}", block)
             objects[path] = publish_object(self.storage, f"{self.info.folder}/{path}", encode_table(table))
         finite_rows = np.logical_and.reduce([item.finite_rows for item in written])
         rounding = sum((item.rounding for item in written), Rounding())
@@ -192,13 +205,17 @@ class FeatureSet:
         )
         return into
 
-    def read_examples(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the example table of the committed blocks, in the order of rows, or some of its columns."""
-        return self._read_parts("examples", lambda data: decode_table(data, columns))
+    def invalid_blocks(self) -> list[int]:
+        """Committed blocks in which some row is not valid: its features are NaN."""
+        return [block for block, record in self.log.committed().items() if record.facts["nan_rows"]]
+
+    def read_examples(self, columns: Sequence[str] | None = None, *, block: int | None = None) -> pa.Table:
+        """Return the example table, or some of its columns, of one committed block or of all, in the order of rows."""
+        return self._read_parts("examples", lambda data: decode_table(data, columns), block)
 
     def read_statistics(self) -> pa.Table:
         """Return the statistics of the committed blocks, in the order of blocks."""
-        return self._read_parts("statistics", decode_table)
+        return self._read_parts("statistics", decode_table, None)
 
     @property
     def _where(self) -> str:
@@ -244,7 +261,7 @@ class FeatureSet:
 
     def _write_chunk(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32]) -> _Written:
         layout = self.info.array_layout(array)
-        path = chunk_path(self.info.array_path(array.name), block, 0)
+        path = chunk_path(self.info.array_path(self.member, array.name), block, 0)
         place, rounding = f"{self.info.folder}/{path}", Rounding()
         if self.info.dtype == "float32":
             entry = publish_object(self.storage, place, encode_chunk(values, layout))
@@ -258,7 +275,7 @@ class FeatureSet:
 
     def _read_chunk(self, record: Record, array: FeatureArray, out: npt.NDArray[np.float32]) -> None:
         layout = self.info.array_layout(array)
-        path = chunk_path(self.info.array_path(array.name), record.unit, 0)
+        path = chunk_path(self.info.array_path(self.member, array.name), record.unit, 0)
         with self._buffers.borrow(layout.chunk_bytes) as buffer:
             place, remedy = f"{self.info.folder}/{path}", self.log.remedy(record)
             stored = read_chunk(self.storage, place, record.objects[path], layout, buffer, remedy=remedy)
@@ -267,12 +284,12 @@ class FeatureSet:
             else:
                 np.copyto(out, stored[: len(out)])
 
-    def _read_parts(self, part: str, decode: Callable[[bytes], pa.Table]) -> pa.Table:
+    def _read_parts(self, part: str, decode: Callable[[bytes], pa.Table], block: int | None) -> pa.Table:
         def read(record: Record) -> pa.Table:
-            path = part_path(part, record.unit)
+            path = part_path(f"{part}/{self.member}", record.unit)
             place, remedy = f"{self.info.folder}/{path}", self.log.remedy(record)
             return decode(read_object(self.storage, place, record.objects[path], remedy=remedy))
 
-        records = self.log.committed().values()
+        records = self.log.committed().values() if block is None else [self._record(block)]
         tables = in_parallel(read, records, threads=self.storage.concurrency)
         return pa.concat_tables(tables) if tables else pa.table({})

@@ -100,13 +100,13 @@ class FeatureStore:
         names = self.storage.list_folders("features")
         return [name for name in names if self._read_set(name) is not None]
 
-    def open_set(self, name: str) -> FeatureSet:
-        """Open a feature set.
+    def open_set(self, name: str, member: str | None = None) -> FeatureSet:
+        """Open a feature set, as one of its members has it: the first unless another is named.
 
         Raises
         ------
         NotReadyError
-            If the store has no such set.
+            If the store has no such set, or the set no such member.
         """
         found = self._find_set(name)
         if found is None:
@@ -114,7 +114,7 @@ class FeatureStore:
                 f"{self.storage.url}: there is no feature set {name}; found: {', '.join(self.set_names()) or 'none'}. "
                 "Run `gradstore featurize` first."
             )
-        return found
+        return found if member is None else found.of_member(member)
 
     def create_set(self, info: SetInfo, inputs: Iterable[pa.Table]) -> FeatureSet:
         """Create a feature set, or open the one that is there if it is of the same examples and groups.
@@ -169,7 +169,8 @@ class FeatureStore:
         if document is None:
             return None
         inputs = {path: ObjectEntry(**entry) for path, entry in document["inputs"].items()}
-        return FeatureSet(self.storage, SetInfo.from_json(document["info"]), inputs)
+        info = SetInfo.from_json(document["info"])
+        return FeatureSet(self.storage, info, inputs, info.members[0])
 
     def _read_set(self, name: str) -> dict[str, Any] | None:
         # The claim holds all that the document does but for the entries of the inputs, which its creator publishes again.
@@ -193,7 +194,11 @@ class FeatureStore:
         return self.open_set(info.name)
 
     def _publish_metadata(self, info: SetInfo) -> None:
-        arrays = {f"{info.folder}/{info.array_path(array.name)}": info.array_layout(array) for array in info.arrays}
+        arrays = {
+            f"{info.folder}/{info.array_path(member, array.name)}": info.array_layout(array)
+            for member in info.members
+            for array in info.arrays
+        }
         publish_metadata(self.storage, arrays)
 
     def _publish_set(self, info: SetInfo, inputs: Iterable[pa.Table]) -> None:

@@ -16,6 +16,34 @@ RESTORE: Final = "Restore the data and settings that it was made with, or choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FeaturePart:
+    """What some of a group's features are: the matrix [r_o, r_i] of one of its parts, row by row, or factors of it.
+
+    Attributes
+    ----------
+    part
+        The parameter, and the rows and columns of its canonical matrix.
+    start
+        First of its features.
+    shape
+        (r_o, r_i).
+    factors
+        c, where the features are factors of the matrix: u [c, r_o], then v [c, r_i]; else None.
+    """
+
+    part: str
+    start: int
+    shape: tuple[int, int]
+    factors: int | None = None
+
+    @property
+    def features(self) -> int:
+        """How many they are."""
+        rows, columns = self.shape
+        return rows * columns if self.factors is None else self.factors * (rows + columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureArray:
     """One parameter group's array in a feature set.
 
@@ -27,8 +55,10 @@ class FeatureArray:
         Number of features k_j.
     scale
         Power of two that stored float16 values are multiplied by; 1.0 for float32.
-    depth, function, out_features, in_features
-        The group's place in the model and its gradient's shape, as in ParameterGroup.
+    depth, function
+        The group's place in the model, as in ParameterGroup.
+    parts
+        The matrices that the features are made of; none where a projection mixes a group's parameters.
     """
 
     name: str
@@ -36,8 +66,7 @@ class FeatureArray:
     scale: float
     depth: int | None
     function: str
-    out_features: int
-    in_features: int
+    parts: tuple[FeaturePart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +92,7 @@ class SetInfo(RowBlocks):
     data_hash
         Hash of the examples, in order.
     members
-        Models, checkpoints or timesteps whose features the set holds; this version writes a lone one, m0.
+        Models or checkpoints whose features the set holds, each under its name; a lone one is m0.
     recorded
         Token budget, precision, compute threads and the like.
 
@@ -89,8 +118,10 @@ class SetInfo(RowBlocks):
             )
         if self.dtype not in ("float32", "float16"):
             raise SpecError(f"{where}: dtype: found {self.dtype!r}; accepted: float32, float16.")
-        if self.members != (LONE_MEMBER,):
-            raise SpecError(f"{where}: members: found {self.members}; this version writes ({LONE_MEMBER!r},).")
+        if not self.members or len(set(self.members)) < len(self.members):
+            raise SpecError(f"{where}: members: found {self.members}; accepted: one name or more, each of its own.")
+        for member in self.members:
+            check_name("member", member)
         if len({array.name for array in self.arrays}) < len(self.arrays):
             raise SpecError(f"{where}: two arrays have one name; each parameter group needs its own.")
         for array in self.arrays:
@@ -105,13 +136,15 @@ class SetInfo(RowBlocks):
         """Folder of the set in the store."""
         return set_folder(self.name)
 
-    def array_path(self, name: str) -> str:
-        """Path, inside the set, of a group's array."""
-        return group_array(self.members[0], name)
+    def array_path(self, member: str, name: str) -> str:
+        """Path, inside the set, of a member's array of a group."""
+        return group_array(member, name)
 
     def array_layout(self, array: FeatureArray) -> ArrayLayout:
         """Layout of a group's array: [rows, features] in chunks of a block."""
         attributes: dict[str, Any] = {"group": array.name, "depth": array.depth, "function": array.function}
+        if array.parts:
+            attributes["parts"] = plain([asdict(part) for part in array.parts])
         if self.dtype == "float16":
             attributes["scale_factor"] = array.scale
         return ArrayLayout(
@@ -130,7 +163,7 @@ class SetInfo(RowBlocks):
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SetInfo:
         """Return the set that `to_json` described."""
-        arrays = tuple(FeatureArray(**array) for array in value["arrays"])
+        arrays = tuple(_array_from_json(array) for array in value["arrays"])
         return cls(**{**value, "arrays": arrays, "members": tuple(value["members"])})
 
     def require_same(self, asked: SetInfo, where: str, *, remedy: str = RESTORE) -> None:
@@ -144,6 +177,11 @@ class SetInfo(RowBlocks):
         require_equal(where, _identity(self), _identity(asked), remedy=remedy)
 
 
+def _array_from_json(value: Mapping[str, Any]) -> FeatureArray:
+    parts = tuple(FeaturePart(**{**part, "shape": tuple(part["shape"])}) for part in value["parts"])
+    return FeatureArray(**{**value, "parts": parts})
+
+
 def _identity(info: SetInfo) -> dict[str, Any]:
     arrays = {array.name: asdict(replace(array, scale=1.0)) for array in info.arrays}
     order = [array.name for array in info.arrays]
@@ -153,9 +191,10 @@ def _identity(info: SetInfo) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The committed blocks of a feature set at one moment: (block, generation), in order."""
+    """The committed blocks of a feature set's member at one moment: (block, generation), in order."""
 
     feature_set: str
+    member: str
     blocks: tuple[tuple[int, int], ...]
 
     def to_json(self) -> dict[str, Any]:

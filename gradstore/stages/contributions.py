@@ -1,0 +1,65 @@
+"""Reading C back: whole, and without the rows that are not valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradstore.errors import NotReadyError
+from gradstore.store.artifacts import ContributionArtifact
+from gradstore.store.features import FeatureStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contributions:
+    """C of one set of queries, whole; ``valid`` tells, of the blocks with rows that are not, which rows are valid.
+
+    A row is valid if it is in every member.
+    """
+
+    artifact: ContributionArtifact
+    valid: Mapping[int, np.ndarray]
+
+    @classmethod
+    def open(cls, store: FeatureStore, kernel: str, set_name: str) -> Contributions:
+        """Open the contributions of a set of queries.
+
+        Raises
+        ------
+        NotReadyError
+            If they are not whole.
+        """
+        artifact = ContributionArtifact.open(store.storage, kernel, set_name)
+        missing = artifact.missing_blocks()
+        if missing:
+            raise NotReadyError(
+                f"contributions/{kernel}/{set_name}: {len(missing)} of {artifact.shape.num_blocks} blocks are missing. "
+                "Run `gradstore contribute` again: it computes those."
+            )
+        valid: dict[int, np.ndarray] = {}
+        for member in store.open_set("train").info.members:
+            train = store.open_set("train", member)
+            for block in train.invalid_blocks():
+                mask = train.read_examples(["valid"], block=block)["valid"].to_numpy()
+                valid[block] = mask & valid.get(block, True)
+        return cls(artifact=artifact, valid=valid)
+
+    def valid_rows(self) -> np.ndarray:
+        """Numbers of the valid rows, ascending."""
+        valid_N = np.ones(self.artifact.shape.rows, bool)
+        for block, mask in self.valid.items():
+            valid_N[slice(*self.artifact.shape.block_range(block))] = mask
+        return np.flatnonzero(valid_N)
+
+    def read_blocks(
+        self, query_start: int, query_stop: int, out: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows [n] and contributions [queries, n, groups] of some queries, block by block; with ``out``, in its place."""
+        for block, c_QNM in enumerate(self.artifact.read_blocks(query_start, query_stop, out)):
+            rows_N = np.arange(*self.artifact.shape.block_range(block))
+            if block in self.valid:
+                yield rows_N[self.valid[block]], c_QNM[:, self.valid[block]]
+            else:
+                yield rows_N, c_QNM

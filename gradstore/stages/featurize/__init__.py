@@ -1,0 +1,5 @@
+"""featurize: model + data -> features."""
+
+from gradstore.stages.featurize.stage import featurize
+
+__all__ = ["featurize"]

@@ -1,0 +1,63 @@
+"""Reading features as kernels and contributions take them: of rank-c factors the matrices that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradstore.groups import ParameterGroup
+from gradstore.store.features import FeatureArray, FeatureSet
+
+if TYPE_CHECKING:
+    from gradstore.numerics.projection import Projection
+
+
+def full_width(array: FeatureArray) -> int:
+    """Features of a group as kernels see them."""
+    return sum(part.shape[0] * part.shape[1] for part in array.parts) if is_factored(array) else array.features
+
+
+def full_rows(array: FeatureArray, rows_NK: np.ndarray) -> np.ndarray:
+    """Rows of a group as kernels see them."""
+    from gradstore.numerics.factors import expand
+
+    if not is_factored(array):
+        return rows_NK
+    shapes = [part.shape for part in array.parts]
+    return expand(rows_NK, shapes, [part.factors or 0 for part in array.parts])
+
+
+def inner_products(array: FeatureArray, queries_QK: np.ndarray, rows_NK: np.ndarray) -> np.ndarray:
+    """Inner products [Q, N] of what rank-c factors stand for, which are not multiplied out."""
+    from gradstore.numerics import factors
+
+    shapes = [part.shape for part in array.parts]
+    return factors.inner_products(queries_QK, rows_NK, shapes, [part.factors or 0 for part in array.parts])
+
+
+def full_features(features_BK: np.ndarray, group: ParameterGroup, projection: Projection) -> np.ndarray:
+    """The same of features as they are computed, before there is a store."""
+    from gradstore.numerics.factors import expand
+    from gradstore.numerics.projection import Lorif
+
+    if not isinstance(projection, Lorif):
+        return features_BK
+    shapes = [projection.shape(part) for part in group.parts]
+    return expand(features_BK, shapes, [projection.factors_of(part) for part in group.parts])
+
+
+def read_block(
+    feature_set: FeatureSet, block: int, groups: Sequence[str], out: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Rows of some groups of a block as kernels see them; ``out`` as in `FeatureSet.read_block`."""
+    arrays = {array.name: array for array in feature_set.info.arrays}
+    return {
+        group: full_rows(arrays[group], rows) for group, rows in feature_set.read_block(block, groups, out=out).items()
+    }
+
+
+def is_factored(array: FeatureArray) -> bool:
+    """Whether a group's features are rank-c factors."""
+    return any(part.factors is not None for part in array.parts)
