@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from gradstore.errors import DataError, SpecError
 
+COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
 _FILES_AT_ONCE: Final = 64
 
 
@@ -35,8 +36,10 @@ class Files:
     paths: tuple[str, ...]
 
     @classmethod
-    def open(cls, location: str, key: str, suffixes: Sequence[str]) -> Files:
+    def open(cls, location: str, key: str, suffixes: Sequence[str], *, compressed: bool = False) -> Files:
         """List the files under a path or URL whose names end in one of ``suffixes``, in any case; all if there are none.
+
+        With ``compressed`` a name may end in .gz and the like behind that.
 
         Raises
         ------
@@ -62,7 +65,7 @@ class Files:
         files = cls(filesystem=filesystem, root=folder, key=key, paths=tuple(sorted(paths)))
         if not suffixes or is_file:
             return files
-        kept = tuple(path for path in files.paths if path.lower().endswith(tuple(suffixes)))
+        kept = tuple(path for path in files.paths if has_suffix(path, suffixes, compressed=compressed))
         if not kept:
             raise DataError(
                 f"{key}.source: {location} has no {' or '.join(suffixes)} files; it holds {some(files.names)}."
@@ -105,6 +108,14 @@ def explained(key: str, what: str, action: str) -> Iterator[None]:
             f"{key}.source: {what} cannot be {action}: {type(error).__name__}: {error}. "
             "Check its name, and the credentials and endpoint in the environment."
         ) from error
+
+
+def has_suffix(name: str, suffixes: Sequence[str], *, compressed: bool = False) -> bool:
+    """Whether a name ends in one of some suffixes, in any case, the suffix of a compression apart."""
+    name = name.lower()
+    for compression in COMPRESSIONS if compressed else ():
+        name = name.removesuffix(compression)
+    return name.endswith(tuple(suffixes))
 
 
 def some(names: Sequence[str]) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from gradstore.adapters.files import Files, has_suffix, some
 from gradstore.adapters.locations import resolve_location
 from gradstore.adapters.text.records import Document, RecordReader, resolve_form
 from gradstore.errors import DataError, SpecError
@@ -25,9 +24,7 @@ FOLDER: Final = "folder"
 """The label of a text file that is the name of its folder."""
 
 _SUFFIXES: Final = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
-_COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
 _DATASET_FILES: Final = ("dataset_dict.json", "state.json")
-_FILES_AT_ONCE: Final = 64
 _ROWS_AT_ONCE: Final = 1024
 
 
@@ -66,7 +63,7 @@ class DocumentReader:
         readers = {"text": self._read_text, "jsonl": self._read_jsonl, "parquet": self._read_parquet}
         if kind not in readers:
             raise SpecError(f"{self.key}.format: found {kind!r}; texts are read as {', '.join(readers)} or datasets.")
-        return readers[kind](_Files.open(location, self.key, _SUFFIXES[kind]))
+        return readers[kind](Files.open(location, self.key, _SUFFIXES[kind], compressed=True))
 
     @property
     def _records(self) -> RecordReader:
@@ -75,19 +72,23 @@ class DocumentReader:
     def _detect(self, location: str) -> str:
         if "://" not in location and not Path(location).exists() and _may_be_hub_id(location):
             return "datasets"
-        names = _Files.open(location, self.key, ()).names
+        names = Files.open(location, self.key, ()).names
         if any(name in _DATASET_FILES for name in names):
             return "datasets"
-        kinds = [kind for kind, suffixes in _SUFFIXES.items() if any(_has_suffix(name, suffixes) for name in names)]
+        kinds = [
+            kind
+            for kind, suffixes in _SUFFIXES.items()
+            if any(has_suffix(name, suffixes, compressed=True) for name in names)
+        ]
         if len(kinds) != 1:
-            found = " and ".join(kinds) if kinds else f"no text, JSON lines or parquet among {_some(names)}"
+            found = " and ".join(kinds) if kinds else f"no text, JSON lines or parquet among {some(names)}"
             raise DataError(
                 f"{self.key}.source: {self.split.source} holds {found}. "
                 f"Set {self.key}.format to text, jsonl, parquet or datasets, or choose another source."
             )
         return kinds[0]
 
-    def _read_text(self, files: _Files) -> Iterator[Document]:
+    def _read_text(self, files: Files) -> Iterator[Document]:
         form = resolve_form(self.split, self.key)
         if self.split.label not in (None, FOLDER) or self.split.id is not None or form != "text":
             raise SpecError(
@@ -99,31 +100,35 @@ class DocumentReader:
             label = (name.rpartition("/")[0] or files.root).rpartition("/")[2] if self.split.label else None
             yield Document(document_id=name, text=self._decode(content, name), label=label)
 
-    def _read_jsonl(self, files: _Files) -> Iterator[Document]:
+    def _read_jsonl(self, files: Files) -> Iterator[Document]:
         records = self._records
-        for name, file in files.opened(compression="infer"):
+        for path in files.paths:
+            name = files.name(path)
             try:
-                for number, line in enumerate(file, start=1):
-                    if text := self._decode(line, f"{name}, line {number}").strip():
-                        record = _parse_object(text, f"{self.key}: {name}, line {number}")
-                        yield records.document(record, name, number)
+                with files.opened(path, compression="infer") as file:
+                    for number, line in enumerate(file, start=1):
+                        if text := self._decode(line, f"{name}, line {number}").strip():
+                            record = _parse_object(text, f"{self.key}: {name}, line {number}")
+                            yield records.document(record, name, number)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise DataError(f"{self.key}: {name} cannot be read: {error}.") from error
 
-    def _read_parquet(self, files: _Files) -> Iterator[Document]:
+    def _read_parquet(self, files: Files) -> Iterator[Document]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         records = self._records
-        for name, file in files.opened():
+        for path in files.paths:
+            name = files.name(path)
             try:
-                table = pq.ParquetFile(file)
-                records.require_columns(table.schema_arrow.names, name)
-                row = 0
-                for batch in table.iter_batches(_ROWS_AT_ONCE, columns=records.columns()):
-                    for record in batch.to_pylist():
-                        yield records.document(record, name, row)
-                        row += 1
+                with files.opened(path) as file:
+                    table = pq.ParquetFile(file)
+                    records.require_columns(table.schema_arrow.names, name)
+                    row = 0
+                    for batch in table.iter_batches(_ROWS_AT_ONCE, columns=records.columns()):
+                        for record in batch.to_pylist():
+                            yield records.document(record, name, row)
+                            row += 1
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{self.key}: {name} cannot be read as parquet: {error}.") from error
 
@@ -178,79 +183,6 @@ class DocumentReader:
         ) from failure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Files:
-    """The files of a source, sorted by name, so that their order does not depend on the filesystem."""
-
-    filesystem: Any
-    root: str
-    key: str
-    paths: tuple[str, ...]
-
-    @classmethod
-    def open(cls, location: str, key: str, suffixes: Sequence[str]) -> _Files:
-        """List the files under a path or URL whose names end in one of ``suffixes``; all files if there are none."""
-        from fsspec.core import url_to_fs
-
-        try:
-            filesystem, root = url_to_fs(location)
-        except (ImportError, ValueError) as error:
-            raise SpecError(
-                f"{key}.source: {location} cannot be opened: {error}. For s3:// install 'gradstore[s3]'."
-            ) from error
-        with _explained(key, location, "listed"):
-            is_file = filesystem.isfile(root)
-            paths = [root] if is_file else filesystem.find(root)
-        if not paths:
-            raise DataError(f"{key}.source: {location}: there is no such file or folder, or the folder is empty.")
-        folder = root.rpartition("/")[0] if is_file else root.rstrip("/")
-        files = cls(filesystem=filesystem, root=folder, key=key, paths=tuple(sorted(paths)))
-        if not suffixes or is_file:
-            return files
-        kept = tuple(path for path in files.paths if _has_suffix(path, suffixes))
-        if not kept:
-            raise DataError(
-                f"{key}.source: {location} has no {' or '.join(suffixes)} files; it holds {_some(files.names)}."
-            )
-        return cls(filesystem=filesystem, root=folder, key=key, paths=kept)
-
-    @property
-    def names(self) -> list[str]:
-        """The files' paths inside the source."""
-        return [self.name(path) for path in self.paths]
-
-    def name(self, path: str) -> str:
-        """A file's path inside the source."""
-        return path.removeprefix(self.root).lstrip("/")
-
-    def opened(self, compression: str | None = None) -> Iterator[tuple[str, Any]]:
-        """Yield each file's name and the file, open for reading bytes."""
-        for path in self.paths:
-            with _explained(self.key, path, "opened"):
-                opened = self.filesystem.open(path, "rb", compression=compression)
-            with opened as file:
-                yield self.name(path), file
-
-    def contents(self) -> Iterator[tuple[str, bytes]]:
-        """Yield each file's name and bytes; many at once, because a small object's cost is its round trip."""
-        remaining = iter(self.paths)
-        while paths := list(islice(remaining, _FILES_AT_ONCE)):
-            with _explained(self.key, f"one of {_some(paths)}", "read"):
-                contents = self.filesystem.cat_ranges(paths, None, None, on_error="raise")
-            yield from zip(map(self.name, paths), contents, strict=True)
-
-
-@contextmanager
-def _explained(key: str, what: str, action: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Every filesystem has its own errors for credentials, endpoints and names.
-        raise DataError(
-            f"{key}.source: {what} cannot be {action}: {type(error).__name__}: {error}. "
-            "Check its name, and the credentials and endpoint in the environment."
-        ) from error
-
-
 def _parse_object(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
@@ -261,17 +193,7 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _has_suffix(name: str, suffixes: Sequence[str]) -> bool:
-    for compression in _COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return name.endswith(tuple(suffixes))
-
-
 def _may_be_hub_id(location: str) -> bool:
     """``name`` or ``owner/name``; anything else that does not exist is a path with a mistake in it."""
     path = Path(location)
     return not path.is_absolute() and len(path.parts) <= 2 and location[:1] not in (".", "~")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
