@@ -208,13 +208,19 @@ def partition(model: ModelParameters, grouping: Grouping) -> Partition:
     Raises
     ------
     SpecError
-        If the rule is unknown, an expression does not compile, a group's name cannot be made from what its expression
-        matches, no parameter is left, or the gradients of too many parameters cannot be taken.
+        If the rule is unknown, no attention head is known for a rule of heads, an expression does not compile, a group's
+        name cannot be made from what its expression matches, no parameter is left, or the gradients of too many
+        parameters cannot be taken.
     """
     if grouping.rule not in RULES:
         raise SpecError(f"features.groups.rule: found {grouping.rule!r}; accepted: {', '.join(RULES)}.")
     if (grouping.rule == "patterns") != bool(grouping.patterns):
         raise SpecError('features.groups: rule = "patterns" and a table [features.groups.patterns] need each other.')
+    if grouping.rule == "head" and not model.attention:
+        raise SpecError(
+            'features.groups.rule = "head": the model has no attention whose heads are known: modules with head_dim and '
+            'projections of the usual names, such as q_proj and o_proj. Use rule = "module".'
+        )
     names = _Names(grouping)
     taken: dict[str, list[Part]] = {}
     left_out: dict[str, str] = {}

@@ -15,6 +15,7 @@ from gradstore.groups import Grouping, ParameterGroup, partition
 from gradstore.numerics.gradients import model_parameters
 from gradstore.numerics.outputs import token_cross_entropy
 from tests.models import VOCABULARY, tiny_config
+from tests.unusual import Unusual
 
 EVERYTHING = Grouping(rule="module", biases=True, norms=True, embeddings=True, output_head=True)
 
@@ -341,6 +342,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "normalised": lambda: classifier_case(Normalised()),
     "convolutional": lambda: classifier_case(Convolutional()),
     "derived": lambda: classifier_case(Derived()),
+    "unusual": lambda: classifier_case(Unusual()),
     "embedded, steps in the batch": lambda: classifier_case(Embedded()),
     "LoRA": lora_case,
     "mixture of experts": mixture_case,

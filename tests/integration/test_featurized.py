@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,21 @@ def test_a_second_run_takes_the_components_that_are_there_and_other_examples_are
 
     assert featurized(spec).contract["projection"]["components"] == first
     changed = spec.model_copy(update={"run": spec.run.model_copy(update={"seed": 9})})
+    with pytest.raises(ContractError, match=r"projections/components"):
+        featurized(changed)
+
+
+def test_components_of_a_model_that_has_changed_since_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    spec = run_of(tiny_run, tmp_path, PCA)
+    featurized(spec)
+    folder = tmp_path / "changed"
+    shutil.copytree(spec.model.source, folder)
+    _, model, _ = model_of(spec)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    changed = spec.model_copy(update={"model": spec.model.model_copy(update={"source": str(folder)})})
+
     with pytest.raises(ContractError, match=r"projections/components"):
         featurized(changed)
 

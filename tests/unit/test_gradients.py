@@ -147,13 +147,14 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     first.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in case.model.parameters()]
     extractor = FeatureExtractor(case.model, case.groups, PROJECTION, seed=0)
-    before = weights_of(case.model)
+    before, hooks = weights_of(case.model), [len(module._forward_hooks) for module in case.model.modules()]
 
     extractor(lambda: case.outputs(case.model, [0, 1]), examples=2)
 
     assert [parameter.requires_grad for parameter in case.model.parameters()] == flags
     assert all(parameter.grad is None for parameter in case.model.parameters())
-    assert not any(module._forward_hooks for module in case.model.modules())
+    assert [len(module._forward_hooks) for module in case.model.modules()] == hooks
+    assert not any(module._forward_pre_hooks for module in case.model.modules())
     assert weights_of(case.model) == before
 
 

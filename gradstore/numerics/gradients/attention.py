@@ -22,7 +22,8 @@ def attention_parts(model: nn.Module, parameters: Mapping[str, Parameter]) -> di
 
     A module is attention if it states the size of a head and holds projections of the usual names. Head h has its rows of the
     query projection and its columns of the output projection; of keys and values too where each head has its own. Where
-    several heads share one (grouped queries), keys and values are groups of their own.
+    several heads share one (grouped queries), keys and values are groups of their own. Attention whose queries and outputs
+    differ in width, which have gates among them or parts of another size, is not shared out.
     """
     found: dict[str, dict[str, Sequence[Part]]] = {}
     for name, module in model.named_modules():
@@ -42,7 +43,9 @@ def _of_module(
         return next((parameters[path] for path in paths if path in parameters), None)
 
     found: dict[str, dict[str, Sequence[Part]]] = {}
-    queries = parameter(QUERY, "weight")
+    queries, output = parameter(QUERY, "weight"), parameter(OUTPUT, "weight")
+    if queries is not None and output is not None and queries.out_features != output.in_features:
+        return found
     heads = queries.out_features // size if queries is not None else 0
     for names in (QUERY, KEY, VALUE):
         for tensor in ("weight", "bias"):
@@ -56,7 +59,6 @@ def _of_module(
         for item in (fused, parameter(FUSED, "bias")):
             if item is not None:
                 found[item.name] = _fused_parts(f"{name}.heads", item, size, heads)
-    output = parameter(OUTPUT, "weight")
     if output is not None and heads and output.in_features == heads * size:
         found[output.name] = {
             f"{name}.heads.{head}": [

@@ -201,8 +201,8 @@ class FeatureExtractor:
                 stack.callback(tensor.requires_grad_, False)
                 stack.callback(setattr, tensor, "grad", tensor.grad)
                 tensor.grad = None
-                stack.callback(tensor.register_post_accumulate_grad_hook(add).remove)  # type: ignore[no-untyped-call]
                 tensor.requires_grad_(True)
+                stack.callback(tensor.register_post_accumulate_grad_hook(add).remove)  # type: ignore[no-untyped-call]
             output_1 = output()
             _refuse_other_outputs(output_1, 1)
             torch.autograd.backward(output_1.sum())

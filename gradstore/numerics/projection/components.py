@@ -46,12 +46,15 @@ class SecondMoments:
         .. math:: \sum_t D_t D_t^T, \qquad \sum_t x_t x_t^T
 
         over all positions with an output gradient; of a gradient G that is given whole, sum G G^T and sum G^T G. The sign of
-        an eigenvector is chosen so that its largest entry is positive.
+        an eigenvector is chosen so that its largest entry is positive. A part that no output depends on has unit vectors.
         """
         found = {}
         for part, moments in self._moments.items():
-            sides = zip((moments.left_OO, moments.right_II), ranks[part], strict=True)
-            output_RO, input_SI = (_top_eigenvectors(moment, rank) for moment, rank in sides)
+            sides = zip((moments.left_OO, moments.right_II), ranks[part], moments.sides, strict=True)
+            output_RO, input_SI = (
+                _top_eigenvectors(moment, rank) if moment.numel() else torch.eye(rank, size)
+                for moment, rank, size in sides
+            )
             found[part] = output_RO, input_SI
         return found
 
@@ -60,7 +63,7 @@ class MomentProjector(WholeGradient):
     """Sums the second moments of one part's factors; of one-hot factors they are counts, kept as a vector."""
 
     def __init__(self, part: Part, device: torch.device) -> None:
-        self._sides = part.out_features, part.in_features
+        self.sides = part.out_features, part.in_features
         self._device = device
         self.left_OO: Tensor = torch.zeros(0)
         self.right_II: Tensor = torch.zeros(0)
@@ -73,16 +76,16 @@ class MomentProjector(WholeGradient):
                 # Where one of both is zero nothing is added to the gradient, as at a pad; an example that is not finite
                 # has no gradient.
                 counted_BT &= (factor != 0).any(-1) & factor.isfinite().all(-1)
-        self.left_OO = _added(self.left_OO, left[counted_BT], self._sides[0])
-        self.right_II = _added(self.right_II, right[counted_BT], self._sides[1])
+        self.left_OO = _added(self.left_OO, left[counted_BT], self.sides[0])
+        self.right_II = _added(self.right_II, right[counted_BT], self.sides[1])
         return torch.zeros(len(left), 0, device=self._device)
 
     def whole(self, gradient_BOI: Float[Tensor, "B O I"]) -> Float[Tensor, "B 0"]:
         """Take in a batch's gradients, of examples that are finite; no features."""
         examples = len(gradient_BOI)
         gradient_BOI = gradient_BOI[gradient_BOI.isfinite().all(-1).all(-1)]
-        self.left_OO = _added(self.left_OO, gradient_BOI.transpose(1, 2).flatten(0, 1), self._sides[0])
-        self.right_II = _added(self.right_II, gradient_BOI.flatten(0, 1), self._sides[1])
+        self.left_OO = _added(self.left_OO, gradient_BOI.transpose(1, 2).flatten(0, 1), self.sides[0])
+        self.right_II = _added(self.right_II, gradient_BOI.flatten(0, 1), self.sides[1])
         return torch.zeros(examples, 0, device=self._device)
 
 
