@@ -116,6 +116,11 @@ class Loaded(LoadedModel):
             },
         )
 
+    def before_factors(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Features of one batch whose distances mean something: those that are factors as the matrices before."""
+        found = self.extractor(lambda: self.outputs(self.model, examples), examples=len(examples), finished=False)
+        return _in_numpy(found.features)
+
 
 def _in_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Tensors in host memory: of a GPU all copied at once beside its other work, and waited for once."""

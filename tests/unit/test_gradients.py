@@ -13,7 +13,7 @@ from torch.nn import functional
 from gradstore.errors import DataError, SpecError
 from gradstore.groups import Grouping, Parameter, ParameterGroup, partition
 from gradstore.numerics.gradients import FeatureExtractor, model_parameters
-from gradstore.numerics.projection import Identity, Logra
+from gradstore.numerics.projection import Identity, Logra, Lorif
 from tests.networks import CASES, Perceptron, Reused, classifier_case, language_case, language_model, weights_of
 
 PROJECTION = Logra(rank=3)
@@ -360,3 +360,15 @@ def test_directions_of_adam_are_gradients_divided_by_the_root_of_the_second_mome
     for group in groups:
         divisor = divisors[group.parts[0].parameter].flatten()
         torch.testing.assert_close(divided[group.name], plain[group.name] / divisor)
+
+
+def test_before_they_are_factorised_rank_c_factors_are_the_matrices_of_logra() -> None:
+    case = classifier_case(Perceptron())
+    found, wanted = (
+        FeatureExtractor(case.model, case.groups, projection, seed=0)(
+            lambda: case.outputs(case.model, [0, 1]), examples=2, finished=False
+        ).features
+        for projection in (Lorif(rank=3), Logra(rank=3))
+    )
+
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -62,7 +62,6 @@ def test_featurize_refuses_a_model_whose_features_are_not_autograds() -> None:
     loaded = SimpleNamespace(
         model=model,
         extractor=extractor,
-        groups=extractor._groups,
         outputs=lambda model, examples, exactly: model(tokens).square().sum((1, 2)),
     )
     example = SimpleNamespace(example_id="first")
@@ -70,7 +69,7 @@ def test_featurize_refuses_a_model_whose_features_are_not_autograds() -> None:
     with pytest.raises(
         DataError, match=r"^tokens: the features of first differ from the gradient that autograd computes by"
     ):
-        refuse_inexact(loaded, Identity(), [example])  # type: ignore[arg-type, list-item]
+        refuse_inexact(loaded, [example])  # type: ignore[arg-type, list-item]
 
 
 def test_autograd_gives_the_features_of_a_model_whose_layers_are_seen() -> None:

@@ -124,7 +124,12 @@ class FeatureExtractor:
         self._watched = tuple(watched.values())
 
     def __call__(
-        self, output: Callable[[], Float[Tensor, " B"]], *, examples: int, covariances: bool = False
+        self,
+        output: Callable[[], Float[Tensor, " B"]],
+        *,
+        examples: int,
+        covariances: bool = False,
+        finished: bool = True,
     ) -> Extracted:
         """Run the model once forward and once backward.
 
@@ -139,6 +144,9 @@ class FeatureExtractor:
             B, the examples of the batch.
         covariances
             Whether the covariances of the projected factors are asked for.
+        finished
+            Whether features that are factors of matrices are those, or the matrices: factors of nearly equal matrices may
+            lie far apart.
 
         Raises
         ------
@@ -168,14 +176,17 @@ class FeatureExtractor:
         output_B = output_B.detach().to(torch.promote_types(output_B.dtype, torch.float32))
         return Extracted(
             outputs=output_B,
-            features={group.name: self._finished(group, recording, output_B) for group in self._groups},
+            features={
+                group.name: self._finished(group, recording.features_of(group.name, output_B), finished=finished)
+                for group in self._groups
+            },
             covariances={part: Covariance(*sums) for part, sums in recording.covariances.items()},
         )
 
     def by_autograd(self, output: Callable[[], Float[Tensor, " 1"]]) -> Mapping[str, Float[Tensor, "1 K"]]:
         """The features of one example from the gradient that plain autograd computes, whatever the model's modules are.
 
-        It is what the features are to be; nothing of the rules takes part in it. Each parameter's gradient is dropped as
+        It is what the features are to be, before any are factorised; nothing of the rules takes part in it. Each parameter's gradient is dropped as
         soon as it is projected.
         """
         _refuse_training_mode(self._model)
@@ -206,15 +217,12 @@ class FeatureExtractor:
             output_1 = output()
             _refuse_other_outputs(output_1, 1)
             torch.autograd.backward(output_1.sum())
-        finishing = self._finishing
-        return {
-            group.name: summed[group.name] if finishing is None else finishing.finished(group, summed[group.name])
-            for group in self._groups
-        }
+        return summed
 
-    def _finished(self, group: ParameterGroup, recording: Recording, like: Tensor) -> Tensor:
-        summed_BD = recording.features_of(group.name, like)
-        return summed_BD if self._finishing is None else self._finishing.finished(group, summed_BD)
+    def _finished(self, group: ParameterGroup, summed_BD: Tensor, *, finished: bool) -> Tensor:
+        if self._finishing is None or not finished:
+            return summed_BD
+        return self._finishing.finished(group, summed_BD)
 
 
 def _rules(item: Supported, projector: Projector) -> Iterator[tuple[Use, Rule]]:

@@ -82,15 +82,17 @@ class ExactGradients:
         """Take the gradient and the features of one example."""
         loaded = self._loaded
         gradient = self._gradient(example)
-        features, expected = self._found(loaded.extractor, example), self._expected(gradient)
-        errors = _errors(features, expected)
+        found = self._found(loaded.extractor, example)
+        errors = _errors(_in_numpy(found), _in_numpy(self._expected(gradient)))
         if loaded.divisors is not None:
             # The features of training examples are then of other vectors than those of queries.
             steps = {name: value / loaded.divisors[name].to(value.device) for name, value in gradient.items()}
-            found = _errors(self._found(loaded.training_extractor, example), self._expected(steps))
-            errors |= {name + ADAM: error for name, error in found.items()}
+            of_steps = self._found(loaded.training_extractor, example), self._expected(steps)
+            errors |= {name + ADAM: error for name, error in _errors(*map(_in_numpy, of_steps)).items()}
         return Comparison(
-            gradient={name: value.cpu() for name, value in gradient.items()}, features=features, errors=errors
+            gradient={name: value.cpu() for name, value in gradient.items()},
+            features=self._stored(found),
+            errors=errors,
         )
 
     def _gradient(self, example: Example) -> dict[str, Tensor]:
@@ -110,16 +112,15 @@ class ExactGradients:
             gradient[item.name] = (dense.T if transposed else dense).reshape(item.out_features, item.in_features)
         return gradient
 
-    def _found(self, extractor: Callable[..., Extracted], example: Example) -> dict[str, np.ndarray]:
-        """The features of one example, in float32 whatever the run's precision: rounding is another matter."""
+    def _found(self, extractor: Callable[..., Extracted], example: Example) -> Mapping[str, Tensor]:
+        """Features of one example before they are factorised, in float32: the rounding of others is another matter."""
         loaded = self._loaded
-        found = extractor(lambda: loaded.outputs(loaded.model, [example], exactly=True), examples=1).features
-        return self._expanded(found)
+        return extractor(
+            lambda: loaded.outputs(loaded.model, [example], exactly=True), examples=1, finished=False
+        ).features
 
-    def _expected(self, gradient: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """The features of a gradient, each part of a group projected whole."""
-        from gradstore.numerics.projection.protocol import Finishing
-
+    def _expected(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of a gradient, each part of a group projected whole."""
         found = {}
         for group in self._groups:
             placed = self._placed[group.name]
@@ -128,16 +129,32 @@ class ExactGradients:
             for part, place in zip(group.parts, placed, strict=True):
                 matrix_OI = gradient[part.parameter][slice(*part.rows), slice(*part.columns)]
                 features_1K[:, place.start : place.start + place.width] += place.projector.whole(matrix_OI[None])
-            if isinstance(self._projection, Finishing):
-                features_1K = self._projection.finished(group, features_1K)
             found[group.name] = features_1K
-        return self._expanded(found)
+        return found
 
-    def _expanded(self, features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    def _stored(self, features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """What features stand for as they are stored."""
+        from gradstore.numerics.projection import Finishing
+
+        projection = self._projection
         return {
-            group.name: full_features(features[group.name].cpu().numpy(), group, self._projection)[0]
+            group.name: full_features(
+                (
+                    projection.finished(group, features[group.name])
+                    if isinstance(projection, Finishing)
+                    else features[group.name]
+                )
+                .cpu()
+                .numpy(),
+                group,
+                projection,
+            )[0]
             for group in self._groups
         }
+
+
+def _in_numpy(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: rows.cpu().numpy()[0] for name, rows in features.items()}
 
 
 @contextmanager

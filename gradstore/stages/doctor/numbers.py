@@ -46,10 +46,10 @@ def look_at_batches(patient: Patient) -> Check:
     sound, precision = patient.sound, patient.loaded.precision
     if len(sound) < 2:
         return _not_looked("batches", "it takes two examples that are finite")
-    together = patient.features(sound)
+    together = patient.loaded.before_factors(sound)
     worst, where, whose = 0.0, "", ""
     for row, example in enumerate(sound):
-        for name, alone in patient.features([example]).items():
+        for name, alone in patient.loaded.before_factors([example]).items():
             norm = max(float(np.linalg.norm(alone[0])), float(np.linalg.norm(together[name], axis=1).max()))
             distance = float(np.linalg.norm(together[name][row] - alone[0])) / (norm or 1.0)
             if not distance <= worst:

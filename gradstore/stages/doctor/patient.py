@@ -16,11 +16,8 @@ from gradstore.stages.doctor.measure import filled, seconds_of
 from gradstore.stages.doctor.model import token_budget
 from gradstore.stages.featurize.batches import compute
 from gradstore.stages.loading import Loaded
-from gradstore.stages.reading import full_features
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gradstore.numerics.projection import Matrices
     from gradstore.store.examples import Example
 
@@ -51,13 +48,6 @@ class Patient:
     def sound(self) -> list[Example]:
         """The other examples."""
         return [example for row, example in enumerate(self.examples) if row not in self.invalid]
-
-    def features(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Features of one batch by group, in the run's precision, as vectors whose distances mean something."""
-        found = self.loaded.compute(examples).features
-        return {
-            group.name: full_features(found[group.name], group, self.plan.projection) for group in self.loaded.groups
-        }
 
     @cached_property
     def batch(self) -> list[Example]:

@@ -57,7 +57,7 @@ def compute(
     waiting.reverse()
     while waiting:
         rows = waiting.pop()
-        batch = within_memory(loaded, [examples[row] for row in rows], training=training, covariances=covariances)
+        batch = _within_memory(loaded, [examples[row] for row in rows], training=training, covariances=covariances)
         if batch is None:
             half = len(rows) // 2
             waiting += [rows[half:], rows[:half]]
@@ -70,7 +70,7 @@ def compute(
         yield Computed(rows=rows, batch=batch, invalid=invalid)
 
 
-def within_memory(loaded: Loaded, examples: Sequence[Example], *, training: bool, covariances: bool) -> Batch | None:
+def _within_memory(loaded: Loaded, examples: Sequence[Example], *, training: bool, covariances: bool) -> Batch | None:
     """What was computed of a batch, or None if the device has no memory for it but may have for half of it."""
     import torch
 

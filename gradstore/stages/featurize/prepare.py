@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradstore.errors import DataError, ResourceError
-from gradstore.plan.resolve import resolve_projection
 from gradstore.plan.sizes import AUTO_TOKEN_BUDGET
 from gradstore.spec import RunSpec
-from gradstore.stages.featurize.batches import batches, compute, within_memory
+from gradstore.stages.featurize.batches import batches, compute
 from gradstore.stages.featurize.block import refuse_invalid
 from gradstore.stages.loading import Loaded, load_first
-from gradstore.stages.reading import full_features
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradstore.numerics.projection import Projection
     from gradstore.store.examples import Example
 
 # Largest distance, relative to a row's norm, that batch mates may move its features: rounding, of which bfloat16 has more.
@@ -59,11 +56,10 @@ def prepare(run: Mapping[str, Any], member: str, probe: Sequence[Example]) -> di
             squares.setdefault(name, []).extend(np.square(rows, dtype=np.float64).mean(1).tolist())
     refuse_invalid(probe, invalid, max(spec.features.max_invalid * len(probe), 1))
     sound = [example for row, example in enumerate(probe) if row not in invalid]
-    projection = resolve_projection(spec)
-    refuse_inexact(loaded, projection, sound[:1])
+    refuse_inexact(loaded, sound[:1])
     # A budget of one token makes batches of one example.
     if budget > 1:
-        refuse_mixing(loaded, projection, sound[:2])
+        refuse_mixing(loaded, sound[:2])
     return {
         "identity": loaded.identity(),
         "precision": loaded.precision,
@@ -78,7 +74,7 @@ def _scale(mean_squares: Sequence[float]) -> float:
     return 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
 
 
-def refuse_inexact(loaded: Loaded, projection: Projection, examples: Sequence[Example]) -> None:
+def refuse_inexact(loaded: Loaded, examples: Sequence[Example]) -> None:
     """Refuse a model some of whose parameters are used in a way that hooks in its layers do not see.
 
     Raises
@@ -91,11 +87,9 @@ def refuse_inexact(loaded: Loaded, projection: Projection, examples: Sequence[Ex
         def output(example: Example = example) -> Tensor:
             return loaded.outputs(loaded.model, [example], exactly=True)
 
-        seen, exact = loaded.extractor(output, examples=1).features, loaded.extractor.by_autograd(output)
-        rows = {
-            group.name: [full_features(found[group.name].cpu().numpy(), group, projection) for found in (seen, exact)]
-            for group in loaded.groups
-        }
+        seen = loaded.extractor(output, examples=1, finished=False).features
+        exact = loaded.extractor.by_autograd(output)
+        rows = {name: [found[name].cpu().numpy() for found in (seen, exact)] for name in seen}
         norms = {name: float(np.linalg.norm(pair[1])) for name, pair in rows.items()}
         for name, (found, expected) in rows.items():
             distance = float(np.linalg.norm(found - expected))
@@ -108,7 +102,7 @@ def refuse_inexact(loaded: Loaded, projection: Projection, examples: Sequence[Ex
                 )
 
 
-def refuse_mixing(loaded: Loaded, projection: Projection, pair: Sequence[Example]) -> None:
+def refuse_mixing(loaded: Loaded, pair: Sequence[Example]) -> None:
     """Refuse a model in which an example's gradient depends on what else is in its batch.
 
     Raises
@@ -116,18 +110,18 @@ def refuse_mixing(loaded: Loaded, projection: Projection, pair: Sequence[Example
     DataError
         Naming the first group in which the features of an example alone and beside another differ.
     """
+    import torch
+
     if len(pair) < 2:
         return
-    batch = within_memory(loaded, pair, training=False, covariances=False)
-    if batch is None:
+    try:
+        together = loaded.before_factors(pair)
+    except torch.OutOfMemoryError:
+        # Every batch will be of one example.
         return
-    together = batch.features
     for row, example in enumerate(pair):
-        found = loaded.compute([example]).features
-        for group in loaded.groups:
-            name = group.name
-            # Factors of equal matrices may differ in their signs.
-            both, alone = (full_features(rows[name], group, projection) for rows in (together, found))
+        for name, alone in loaded.before_factors([example]).items():
+            both = together[name]
             distance = float(np.linalg.norm(both[row] - alone[0]))
             norm = max(float(np.linalg.norm(alone[0])), float(np.linalg.norm(both, axis=1).max()))
             if distance > INVARIANCE[loaded.precision] * norm:
