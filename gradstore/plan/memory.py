@@ -95,7 +95,7 @@ class TaskMemory:
         rows += 4 * train.block_rows * self._features if self._full != self._widths else 0
         return PROCESS_BYTES + self._weights + grams + 36 * max(self._full) ** 2 + rows + self._chunks([train])
 
-    def contribute(self, train: SetPlan, queries: Sequence[SetPlan]) -> int:
+    def contribute(self, train: SetPlan, queries: Sequence[SetPlan], *, spectra: bool) -> int:
         """Queries of all sets, C of one block for all of them, and the features it is made from.
 
         A span reads each block once for all query sets. While a set's C is encoded the others' is held. Reading the next
@@ -109,7 +109,7 @@ class TaskMemory:
         read = 2 * min(READ_BYTES + widest, 4 * train.block_rows * sum(self._full))
         read += 4 * train.block_rows * self._features if self._full != self._widths else 0
         span = held + 4 * sum(c_values) + (4 + item) * max(c_values) + read + self._chunks([train])
-        return PROCESS_BYTES + self._weights + max(span, self._precondition(queries))
+        return PROCESS_BYTES + self._weights + max(span, self._precondition(queries, spectra=spectra))
 
     def patch(self, train: SetPlan) -> int:
         """Weights, a copy to restore them from, their gradients, the step of the largest tensor, and one batch's tokens."""
@@ -136,10 +136,10 @@ class TaskMemory:
         kept = min(max(self._spec.score.k, RANKED_ROWS), train.rows)
         return queries.rows * kept * (2 * 2 * (4 * len(self._groups) + 40) + 2 * 40)
 
-    def _precondition(self, queries: Sequence[SetPlan]) -> int:
-        """All groups of one set, before it is written, and the spectrum and rotated queries of one group."""
+    def _precondition(self, queries: Sequence[SetPlan], *, spectra: bool) -> int:
+        """All groups of one set, before it is written, and the spectrum, if there is one, and rotated queries of one group."""
         most, widest = max(planned.rows for planned in queries), max(self._full)
-        return 4 * most * sum(self._full) + 8 * widest**2 + 24 * most * widest
+        return 4 * most * sum(self._full) + (8 * widest**2 if spectra else 0) + 24 * most * widest
 
     def _tokens(self, sets: Sequence[SetPlan]) -> int:
         """Tokens of the largest batch."""

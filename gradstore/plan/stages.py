@@ -62,7 +62,7 @@ def stage_plans(
     return (
         _featurize(spec, widths, sets, memory),
         _kernel(spec, widths.full, train, memory, spectra=spectra),
-        _contribute(spec, widths.full if spectra else widths.stored, sets, tiles, memory),
+        _contribute(spec, widths.full if spectra else widths.stored, sets, tiles, memory, spectra=spectra),
         _learn(spec, widths.full, sets, learner_tile((sets["learn"].rows, train.rows, len(widths.full))), memory),
         _score(spec, sets, tiles["eval"], memory, texts=texts),
     )
@@ -113,6 +113,8 @@ def _contribute(
     sets: Mapping[str, SetPlan],
     tiles: Mapping[str, int],
     memory: TaskMemory,
+    *,
+    spectra: bool,
 ) -> StagePlan:
     """One task per query set, and in float16 another that finds its scales; then one per span of blocks, for all sets."""
     train, groups, half = sets["train"], len(widths), spec.contribute.dtype == "float16"
@@ -135,7 +137,7 @@ def _contribute(
         + min(train.blocks, BLOCKS_PER_WORKER * spec.cluster.num_workers),
         objects=objects,
         written_bytes=written,
-        task_memory_bytes=memory.contribute(train, [sets[name] for name in tiles]),
+        task_memory_bytes=memory.contribute(train, [sets[name] for name in tiles], spectra=spectra),
     )
 
 

@@ -125,7 +125,9 @@ class SplitSection(Section):
 
     @property
     def origin(self) -> tuple[str | None, ...]:
-        """What tells the sources of two splits apart."""
+        """What tells the sources of two splits apart; rows that the model writes on from those of train have no source."""
+        if self.generate is not None and self.generate.get("prompts") == "train":
+            return ("rows of data.train",)
         return (self.source, self.subset, self.split)
 
 

@@ -80,9 +80,10 @@ def test_a_prompt_may_count_as_predicted(tmp_path: Path) -> None:
     assert set(example.inputs) == {"tokens"}
 
 
-def test_prompts_of_training_rows_are_shared_out_between_the_query_splits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["no source", "the source of all"])
+def test_prompts_of_training_rows_are_shared_out_between_the_query_splits(tmp_path: Path, shared: bool) -> None:
     source = _write(tmp_path / "x.jsonl", ["one", "two", "three", "fourth"])
-    prompted = {"source": "unread", "rows": 1, "generate": {**WRITTEN, "prompts": "train"}}
+    prompted = {"source": source if shared else "unread", "rows": 1, "generate": {**WRITTEN, "prompts": "train"}}
     writer = Echo()
 
     examples = _split(source, writer, train={"rows": 3}, learn=prompted, eval=prompted)
