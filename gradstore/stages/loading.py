@@ -64,7 +64,6 @@ class LoadedModel:
     adapter: Adapter
     model: nn.Module
     groups: tuple[ParameterGroup, ...]
-    output: str
     precision: str
     device: str
 
@@ -181,7 +180,6 @@ def _load_model(spec_json: str, member: str) -> LoadedModel:
         adapter=adapter,
         model=model,
         groups=model_shape(adapter, model, spec).partition.groups,
-        output=str(adapter.identity()["output"]),
         precision=resolve_precision(spec.model.precision, device),
         device=device,
     )

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradstore.groups import ParameterGroup
 from gradstore.store.features import FeatureArray, FeatureSet
-
-if TYPE_CHECKING:
-    from gradstore.numerics.projection import Projection
 
 
 def full_width(array: FeatureArray) -> int:
@@ -35,17 +30,6 @@ def inner_products(array: FeatureArray, queries_QK: np.ndarray, rows_NK: np.ndar
 
     shapes = [part.shape for part in array.parts]
     return factors.inner_products(queries_QK, rows_NK, shapes, [part.factors or 0 for part in array.parts])
-
-
-def full_features(features_BK: np.ndarray, group: ParameterGroup, projection: Projection) -> np.ndarray:
-    """The same of features as they are computed, before there is a store."""
-    from gradstore.numerics.factors import expand
-    from gradstore.numerics.projection import Lorif
-
-    if not isinstance(projection, Lorif):
-        return features_BK
-    shapes = [projection.shape(part) for part in group.parts]
-    return expand(features_BK, shapes, [projection.factors_of(part) for part in group.parts])
 
 
 def read_block(

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from gradstore.stages.reading import full_features
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -133,24 +131,19 @@ class ExactGradients:
         return found
 
     def _stored(self, features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """What features stand for as they are stored."""
-        from gradstore.numerics.projection import Finishing
+        """What features stand for as they are stored: of rank-c factors the matrices, which are of a lower rank then."""
+        from gradstore.numerics.factors import expand
+        from gradstore.numerics.projection import Lorif
 
         projection = self._projection
-        return {
-            group.name: full_features(
-                (
-                    projection.finished(group, features[group.name])
-                    if isinstance(projection, Finishing)
-                    else features[group.name]
-                )
-                .cpu()
-                .numpy(),
-                group,
-                projection,
-            )[0]
-            for group in self._groups
-        }
+        if not isinstance(projection, Lorif):
+            return _in_numpy(features)
+        found = {}
+        for group in self._groups:
+            factors_1K = projection.finished(group, features[group.name]).cpu().numpy()
+            shapes = [projection.shape(part) for part in group.parts]
+            found[group.name] = expand(factors_1K, shapes, [projection.factors_of(part) for part in group.parts])[0]
+        return found
 
 
 def _in_numpy(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -45,9 +45,11 @@ def featurize_blocks(
     store = FeatureStore.open(store_url)
     feature_set = store.open_set(*place)
     loaded = load_for(store, spec, feature_set.member)
+    # Of the contract: an adapter may have to read the dataset to say it, which workers need not reach.
+    output = str(store.contract["model"]["output"])
     with BackgroundWriter[Record]() as writer:
         for block in blocks:
-            computed = _compute_block(feature_set, loaded, spec, block)
+            computed = _compute_block(feature_set, loaded, spec, block, output=output)
             writer.submit(
                 partial(
                     feature_set.write_block,
@@ -64,7 +66,7 @@ def featurize_blocks(
     }
 
 
-def _compute_block(feature_set: FeatureSet, loaded: Loaded, spec: RunSpec, block: int) -> Block:
+def _compute_block(feature_set: FeatureSet, loaded: Loaded, spec: RunSpec, block: int, *, output: str) -> Block:
     started = time.monotonic()
     info = feature_set.info
     examples = from_table(feature_set.read_inputs(block))
@@ -90,7 +92,7 @@ def _compute_block(feature_set: FeatureSet, loaded: Loaded, spec: RunSpec, block
         values[list(invalid)] = np.nan
     return Block(
         features=features,
-        examples=example_table(start, examples, outputs, features, arrays=info.arrays, output=loaded.output),
+        examples=example_table(start, examples, outputs, features, arrays=info.arrays, output=output),
         statistics=statistics.table(features),
         facts={"seconds": time.monotonic() - started, **loaded.facts()},
     )

@@ -78,7 +78,7 @@ def identify(run: Mapping[str, Any]) -> dict[str, Any]:
     """Task: return what principal components depend on beside examples and projection: the model and what it puts out."""
     loaded = load_model(RunSpec.model_validate(run))
     weights = tensors_hash(loaded.model.state_dict())
-    return {"weights": weights, "output": loaded.output, "precision": loaded.precision}
+    return {"weights": weights, "output": str(loaded.adapter.identity()["output"]), "precision": loaded.precision}
 
 
 def find_bundle(run: Mapping[str, Any], bundle: int, examples: Sequence[Example]) -> int:

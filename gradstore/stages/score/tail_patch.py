@@ -56,6 +56,7 @@ def patch_query(
     spec = RunSpec.model_validate(run)
     store = FeatureStore.open(store_url)
     loaded = load_for(store, spec)
+    of_margin = store.contract["model"]["output"] == MARGIN
     train, evaluated = store.open_set("train"), store.open_set("eval")
     (example,) = examples_at(evaluated, [query])
 
@@ -63,7 +64,7 @@ def patch_query(
         # The step may be in half precision like the features; what it changes is far below its rounding.
         found = loaded.outputs(model, examples, exactly=not torch.is_grad_enabled())
         # Training raises a margin m = log(p / (1 - p)) and lowers its loss -log p = log(1 + e^-m).
-        return torch.nn.functional.softplus(-found) if loaded.output == MARGIN else found
+        return torch.nn.functional.softplus(-found) if of_margin else found
 
     patch = spec.score.tail_patch
     return {
