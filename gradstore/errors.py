@@ -8,7 +8,8 @@
     ├── NotReadyError       an earlier stage has not finished: run it first
     ├── StorageError        the storage refused or failed: mend access, then run the same command again
     │   ├── ObjectMissingError   one named object is not there
-    │   └── IntegrityError       one named object is not what its checksum says
+    │   ├── IntegrityError       one named object is not what its checksum says
+    │   └── SupersededError      what was being read or written was taken back meanwhile: run the same command again
     ├── TaskError           a task failed after its retries: run the same command again to resume
     ├── DoctorError         doctor found that the run's numbers would be wrong: mend what it names
     └── StoppedError        the user stopped it: run the same command again to resume
@@ -69,6 +70,10 @@ class ObjectMissingError(StorageError):
 
 class IntegrityError(StorageError):
     """The bytes of an object are not those that were written."""
+
+
+class SupersededError(StorageError):
+    """A repair or an erasure took back what was being read or written; a new attempt sees what is there now."""
 
 
 class TaskError(GradstoreError):

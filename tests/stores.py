@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import Record
+from gradstore.store.commits import Record
 from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo
 
 CONTRACT = {"model": {"hash": "abc", "source": "tiny"}, "projection": {"kind": "logra", "rank": 2}}
@@ -51,6 +51,9 @@ def inputs(info: SetInfo) -> list[pa.Table]:
             {
                 "row": list(range(*info.block_range(block))),
                 "tokens": [[n, n + 1] for n in range(*info.block_range(block))],
+                "example_id": [f"example {n}" for n in range(*info.block_range(block))],
+                "content_hash": [f"content {n}" for n in range(*info.block_range(block))],
+                "label": pa.array([None for _ in range(*info.block_range(block))], pa.string()),
             }
         )
         for block in range(info.num_blocks)
@@ -72,7 +75,8 @@ def examples(info: SetInfo, block: int) -> pa.Table:
     """An example table; the labels of the first block are all null."""
     rows = list(range(*info.block_range(block)))
     labels = pa.array([None if block == 0 else f"label {row}" for row in rows], pa.string())
-    return pa.table({"row": rows, "label": labels})
+    ids = [f"example {row}" for row in rows]
+    return pa.table({"row": rows, "example_id": ids, "label": labels, "valid": [True] * len(rows)})
 
 
 def statistics(info: SetInfo, block: int) -> pa.Table:

@@ -50,8 +50,9 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         arguments = (spec.run.store, spec.kernel.name, spec.model.etas, list(span))
         name = f"contribute-{spec.kernel.name}-{span[0]:06d}"
         tasks.append(Task(name=name, function=contribute_span, arguments=arguments, rows=rows))
-    done = shape.rows - sum(task.rows for task in tasks)
-    with progress.stage(f"contribute {spec.kernel.name}", shape.rows if tasks else 0, "rows", done) as advance:
+    total = shape.num_examples
+    done = total - sum(task.rows for task in tasks)
+    with progress.stage(f"contribute {spec.kernel.name}", total if tasks else 0, "rows", done) as advance:
         for task, _ in engine.run(tasks):
             advance(task.rows)
 
@@ -133,9 +134,13 @@ def precondition(store_url: str, run: Mapping[str, Any], place: tuple[str, str])
 
 
 def _all_rows(feature_set: FeatureSet, array: FeatureArray) -> np.ndarray:
-    """All rows [n, k_j] of one group of a small set, as they are stored."""
-    blocks = range(feature_set.info.num_blocks)
-    return np.concatenate([feature_set.read_block(block, [array.name])[array.name] for block in blocks])
+    """All rows [n, k_j] of one group of a small set, as they are stored; NaN in gaps."""
+    info = feature_set.info
+    rows = np.full((info.rows, array.features), np.nan, np.float32)
+    for block in range(info.num_blocks):
+        place = rows[slice(*info.block_range(block))]
+        feature_set.read_block(block, [array.name], out={array.name: place})
+    return rows
 
 
 def _has_spectra(store: FeatureStore, kernel: str, place: tuple[str, str]) -> bool:
@@ -167,6 +172,7 @@ def _create_contributions(spec: RunSpec, engine: Engine, store: FeatureStore, na
         shape=ContributionShape(
             queries=queries.rows,
             rows=train.rows,
+            gaps=train.gaps,
             groups=groups,
             block_rows=train.block_rows,
             query_tile=query_tile((queries.rows, train.rows, len(groups)), train.block_rows, dtype),
@@ -201,7 +207,7 @@ def query_scales(store_url: str, kernel: str, set_name: str, etas: Mapping[str, 
         for array in train.info.arrays:
             rows = artifact.read(array.name) if spectra else full_rows(array, artifact.read(array.name))
             norms_Q = np.linalg.norm(rows.astype(np.float64), axis=1)
-            size_Q = abs(eta) * norms_Q * np.sqrt(energy[array.name] / train.info.rows / full_width(array))
+            size_Q = abs(eta) * norms_Q * np.sqrt(energy[array.name] / train.info.num_examples / full_width(array))
             typical_Q = np.maximum(typical_Q, size_Q)
     return [float(2.0 ** np.round(np.log2(typical))) if typical > 0 else 1.0 for typical in typical_Q]
 

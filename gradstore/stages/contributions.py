@@ -48,9 +48,10 @@ class Contributions:
 
     def valid_rows(self) -> np.ndarray:
         """Numbers of the valid rows, ascending."""
-        valid_N = np.ones(self.artifact.shape.rows, bool)
-        for block, mask in self.valid.items():
-            valid_N[slice(*self.artifact.shape.block_range(block))] = mask
+        shape = self.artifact.shape
+        valid_N = np.zeros(shape.rows, bool)
+        for block in range(shape.num_blocks):
+            valid_N[slice(*shape.block_range(block))] = self.valid.get(block, True)
         return np.flatnonzero(valid_N)
 
     def read_blocks(

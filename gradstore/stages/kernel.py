@@ -87,7 +87,7 @@ def build_bundle(store_url: str, name: str, member: str, bundle: int) -> int:
         values, vectors = spectrum(grams.pop(group))
         spectra[group] = values, vectors.astype(np.float32)
         del vectors
-    artifact.write_bundle(bundle, spectra, facts={"rows": train.info.rows})
+    artifact.write_bundle(bundle, spectra, facts={"rows": train.info.num_examples})
     return len(groups)
 
 

@@ -42,8 +42,8 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     store = FeatureStore.open(spec.run.store)
     contributions = Contributions.open(store, spec.kernel.name, "learn")
     shape = contributions.artifact.shape
-    if spec.learn.k > shape.rows:
-        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {shape.rows} train examples.")
+    if spec.learn.k > shape.num_examples:
+        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {shape.num_examples} train examples.")
     settings = learner_settings(spec, learner_tile((shape.queries, shape.rows, len(shape.groups))))
     artifact = WeightsArtifact.create(
         store.storage,

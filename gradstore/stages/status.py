@@ -49,7 +49,7 @@ def _feature_set(store: FeatureStore, name: str) -> dict[str, Any]:
     missing = sum(len(feature_set.of_member(member).missing_blocks()) for member in info.members)
     return {
         "name": name,
-        "rows": info.rows,
+        "rows": info.num_examples,
         "groups": len(info.arrays),
         "features": sum(array.features for array in info.arrays),
         "dtype": info.dtype,

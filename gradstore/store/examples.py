@@ -74,9 +74,15 @@ def data_hash(examples: Iterable[Example], *, start: str = "") -> str:
 
     It is a chain, so that appending rows extends it: ``data_hash(b, start=data_hash(a)) == data_hash(a + b)``.
     """
+    facts = ((example.content_hash, example.example_id, example.label) for example in examples)
+    return data_hash_of_facts(facts, start=start)
+
+
+def data_hash_of_facts(facts: Iterable[tuple[str, str, str | None]], *, start: str = "") -> str:
+    """Return the same hash of what enters it: (content hash, id, label) of every example."""
     chain = start
-    for example in examples:
-        link = json.dumps([chain, example.content_hash, example.example_id, example.label])
+    for fact in facts:
+        link = json.dumps([chain, *fact])
         chain = hashlib.blake2b(link.encode(), digest_size=16).hexdigest()
     return chain
 

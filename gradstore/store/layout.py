@@ -2,10 +2,10 @@
 
 A store holds
     gradstore.json                                    format version, feature contract, the run that made the store
-    features/<set>/claim.json                         what the first creator of a feature set asked for
-    features/<set>/set.json                           rows, blocks, arrays and data hash of a feature set that is ready
+    features/<set>/claim.<version>.json               what the first to make this version of a feature set asked for
+    features/<set>/set.<version>.json                 rows, blocks, arrays and data hash of a version that is ready
     features/<set>/<member>/<group>                   Zarr array [rows, features]; a lone member is m0
-    features/<set>/inputs/<block>.parquet             what enters the model, written by the creator of the set
+    features/<set>/inputs/<block>.<version>.parquet   what enters the model, written by who made that version of the set
     features/<set>/{examples,statistics}/<member>/<block>.parquet
     features/<set>/blocks/<member>/<block>.<generation>.json   commit records
     projections/<name>/{left,right}/<part>            Zarr arrays [r, O] and [r, I]
@@ -34,11 +34,11 @@ from gradstore.errors import SpecError
 
 FORMAT_VERSION: Final = 1
 STORE_FILE: Final = "gradstore.json"
-CLAIM_FILE: Final = "claim.json"
-SET_FILE: Final = "set.json"
 ARTIFACT_FILE: Final = "artifact.json"
 METADATA_FILE: Final = "zarr.json"
 LONE_MEMBER: Final = "m0"
+# Folders of a feature set beside those of its members.
+SET_FOLDERS: Final = ("inputs", "examples", "statistics", "blocks", "scales")
 
 # Longest encoded group name: file systems take 255 bytes, and object stores 1,024 for the whole path.
 _LONGEST_NAME: Final = 200
@@ -93,9 +93,24 @@ def group_array(folder: str, group: str) -> str:
     return f"{folder}/{encode_group(group)}"
 
 
+def set_path(folder: str, version: int) -> str:
+    """Path of the document of one version of a feature set: 0 as it was created, one more with each append or erasure."""
+    return f"{folder}/set.{version}.json"
+
+
+def claim_path(folder: str, version: int) -> str:
+    """Path of the document that says what the first to make a version of a feature set asked for."""
+    return f"{folder}/claim.{version}.json"
+
+
 def part_path(part: str, block: int) -> str:
-    """Path, inside a feature set, of a block's parquet part: ``inputs``, ``examples/<member>``, ``statistics/<member>``."""
+    """Path, inside a feature set, of a block's parquet part: ``examples/<member>``, ``statistics/<member>``."""
     return f"{part}/{block:06d}.parquet"
+
+
+def inputs_path(block: int, version: int) -> str:
+    """Path, inside a feature set, of what enters the model for a block, as that version of the set has it."""
+    return f"inputs/{block:06d}.{version}.parquet"
 
 
 def chunk_path(array: str, *index: int) -> str:
@@ -121,20 +136,38 @@ def parse_record_path(path: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBlocks:
-    """Rows in blocks of ``block_rows``, the last of which may be shorter."""
+    """Rows in blocks of ``block_rows``, the last of which may be shorter.
+
+    Attributes
+    ----------
+    rows
+        Length of the arrays.
+    block_rows
+        Rows of a block.
+    gaps
+        Rows [start, stop) that belong to no example: each from where an append found the end of the examples to the next
+        multiple of ``block_rows``.
+    """
 
     rows: int
     block_rows: int
+    gaps: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks."""
         return -(-self.rows // self.block_rows)
 
+    @property
+    def num_examples(self) -> int:
+        """Rows that belong to an example."""
+        return self.rows - sum(stop - start for start, stop in self.gaps)
+
     def block_range(self, block: int) -> tuple[int, int]:
-        """Rows [start, stop) of a block."""
+        """Rows [start, stop) of a block's examples."""
         start = block * self.block_rows
-        return start, min(start + self.block_rows, self.rows)
+        stop = min(start + self.block_rows, self.rows)
+        return start, min([stop, *(first for first, last in self.gaps if last == stop and first > start)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,19 +136,18 @@ def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_delet
     assert str(caught.value).endswith(f"\nRestore these settings, or {way_out.replace('URL', storage.url)}")
 
 
-def test_a_damaged_object_of_an_artifact_is_named_with_its_record_and_both_made_anew(storage: Storage) -> None:
+def test_a_damaged_object_of_an_artifact_is_named_and_made_anew_once_its_unit_is_taken_back(storage: Storage) -> None:
     kernel = make_kernel(storage)
     write_bundle(kernel, 0)
-    chunk, record = "kernels/block/m0/eigenvectors/blocks/c/0/0", "kernels/block/m0/commits/000000.0.json"
+    chunk = "kernels/block/m0/eigenvectors/blocks/c/0/0"
     storage.delete(chunk)
     storage.publish(chunk, [b"x"])
     with pytest.raises(IntegrityError) as caught:
         KernelArtifact.open(storage, "block", "m0").read("blocks")
     assert f"{storage.url}/{chunk}: its bytes are not those that were committed" in str(caught.value)
-    assert f"its commit record {storage.url}/{record}; then run `gradstore kernel` again" in str(caught.value)
+    assert f"Run `gradstore repair {storage.url}`, then `gradstore kernel` again" in str(caught.value)
 
-    for path in (chunk, record):
-        storage.delete(path)
+    kernel.log.take_back(0, "repair")
     write_bundle(make_kernel(storage), 0)
 
     KernelArtifact.open(storage, "block", "m0").read("blocks")
@@ -168,12 +167,12 @@ def test_damaged_settings_of_an_artifact_name_the_folder_to_delete_and_the_comma
         ScoresArtifact.create(storage, "block.learned", settings={})
 
 
-def test_a_damaged_summary_names_what_to_delete_and_the_command(storage: Storage) -> None:
+def test_a_damaged_summary_is_named_with_the_commands_that_make_it_anew(storage: Storage) -> None:
     made = ScoresArtifact.create(storage, "a", settings={})
     made.write(pa.table({"query": [0]}), {"chance": 0.5}, facts={})
     storage.delete("scores/a/summary.json")
     storage.publish("scores/a/summary.json", [b"\xff"])
-    with pytest.raises(IntegrityError, match=r"scores/a/commits/000000\.0\.json; then run `gradstore score` again"):
+    with pytest.raises(IntegrityError, match=r"scores/a/summary\.json: .* then `gradstore score` again"):
         made.read_summary()
 
 

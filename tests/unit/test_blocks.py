@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError
 from gradstore.store.backend import Storage, open_storage
 from gradstore.store.blocks import (
     Buffers,
-    CommitLog,
     claim_document,
     in_parallel,
     publish_object,
@@ -20,6 +21,7 @@ from gradstore.store.blocks import (
     read_object,
 )
 from gradstore.store.codecs import encode_chunk, encode_document, encode_table
+from gradstore.store.commits import CommitLog, Record
 from gradstore.store.layout import ArrayLayout
 
 _NAMES = count()
@@ -32,17 +34,14 @@ def storage() -> Storage:
     return open_storage(f"memory://blocks-{next(_NAMES)}")
 
 
-def take_back(storage: Storage, log: CommitLog, unit: int, generation: int) -> None:
-    """Publish a generation marked missing, as a repair does."""
-    record = {
-        "unit": unit,
-        "generation": generation,
-        "state": "missing",
-        "attempt": "repair",
-        "objects": {},
-        "facts": {},
-    }
-    storage.publish(f"{log.folder}/{unit:06d}.{generation}.json", encode_document(record).parts)
+def commit(log: CommitLog, unit: int, facts: Mapping[str, Any] | None = None) -> Record:
+    """Commit a unit without objects, as an attempt that begins now."""
+    generation = log.begin(unit)
+    if generation is None:
+        record = log.latest(unit)
+        assert record is not None
+        return record
+    return log.commit(unit, generation, {}, facts or {})
 
 
 def test_a_sound_object_of_another_attempt_is_kept_and_recorded_as_it_is(storage: Storage) -> None:
@@ -95,14 +94,6 @@ def test_a_deleted_object_that_a_record_names_is_named_with_the_way_out(storage:
         read_object(storage, "t", entry, remedy="Do so.")
 
 
-def test_the_way_out_of_a_damaged_object_names_its_record_and_the_command_that_makes_it(storage: Storage) -> None:
-    log = CommitLog(storage, "set/blocks", "featurize")
-    log.commit(7, {}, {})
-    take_back(storage, log, 7, 1)
-    remedy = log.remedy(log.commit(7, {}, {}))
-    assert f"its commit record {storage.url}/set/blocks/000007.2.json; then run `gradstore featurize`" in remedy
-
-
 def test_a_changed_table_is_caught(storage: Storage) -> None:
     import pyarrow as pa
 
@@ -116,7 +107,7 @@ def test_a_changed_table_is_caught(storage: Storage) -> None:
 def test_a_unit_is_missing_until_its_record_is_published(storage: Storage) -> None:
     log = CommitLog(storage, "set/blocks", "featurize")
     assert log.missing(3) == [0, 1, 2]
-    record = log.commit(1, {"a": publish_object(storage, "set/a", ONES)}, {"rows": 4})
+    record = log.commit(1, 0, {"a": publish_object(storage, "set/a", ONES)}, {"rows": 4})
     assert log.missing(3) == [0, 2]
     assert log.committed() == {1: record}
     assert log.committed_units() == {1: 0}
@@ -126,24 +117,24 @@ def test_the_loser_of_a_race_gets_the_winners_record(storage: Storage) -> None:
     log = CommitLog(storage, "set/blocks", "featurize")
     barrier = threading.Barrier(8)
 
-    def commit(number: int) -> str:
+    def race(number: int) -> str:
         barrier.wait()
-        return log.commit(0, {}, {"number": number}).attempt
+        return log.commit(0, 0, {}, {"number": number}).attempt
 
-    attempts = in_parallel(commit, range(8), threads=8)
+    attempts = in_parallel(race, range(8), threads=8)
     assert len(set(attempts)) == 1
     assert log.committed()[0].attempt == attempts[0]
 
 
 def test_the_highest_generation_counts(storage: Storage) -> None:
     log = CommitLog(storage, "set/blocks", "featurize")
-    log.commit(0, {}, {})
-    take_back(storage, log, 0, 1)
+    commit(log, 0)
+    log.take_back(0, "repair")
     assert log.missing(1) == [0]
     assert log.committed() == {}
     with pytest.raises(NotReadyError, match="block 0 is not committed"):
         log.require(0, "block 0 is not committed")
-    again = log.commit(0, {}, {})
+    again = commit(log, 0)
     assert again.generation == 2
     assert log.committed_units() == {0: 2}
     assert log.require(0, "") == again
@@ -151,12 +142,12 @@ def test_the_highest_generation_counts(storage: Storage) -> None:
 
 def test_a_reader_gets_one_generation_throughout_and_units_that_come_later(storage: Storage) -> None:
     log, writer = CommitLog(storage, "set/blocks", "featurize"), CommitLog(storage, "set/blocks", "featurize")
-    first = writer.commit(0, {}, {})
+    first = commit(writer, 0)
     assert log.require(0, "") == first
-    take_back(storage, log, 0, 1)
+    log.take_back(0, "repair")
     assert CommitLog(storage, "set/blocks", "featurize").latest(0) != first
-    CommitLog(storage, "set/blocks", "featurize").commit(0, {}, {})
-    later = CommitLog(storage, "set/blocks", "featurize").commit(1, {}, {})
+    commit(CommitLog(storage, "set/blocks", "featurize"), 0)
+    later = commit(CommitLog(storage, "set/blocks", "featurize"), 1)
     assert log.require(0, "") == first
     assert log.committed() == {0: first, 1: later}
     assert log.pin() == {0: 0, 1: 0}
@@ -165,13 +156,13 @@ def test_a_reader_gets_one_generation_throughout_and_units_that_come_later(stora
 
 def test_committing_again_changes_nothing(storage: Storage) -> None:
     log = CommitLog(storage, "set/blocks", "featurize")
-    first = log.commit(0, {}, {"try": 1})
-    assert log.commit(0, {}, {"try": 2}) == first
+    first = commit(log, 0, {"try": 1})
+    assert commit(log, 0, {"try": 2}) == first
 
 
 def test_a_damaged_record_is_named(storage: Storage) -> None:
     storage.publish("set/blocks/000000.0.json", [b'{"unit": 0'])
-    said = r"set/blocks/000000\.0\.json: is not a gradstore document: .*\. Delete it, then run `gradstore featurize`"
+    said = r"set/blocks/000000\.0\.json: is not a gradstore document: .*\. Run `gradstore repair memory://"
     with pytest.raises(IntegrityError, match=said):
         CommitLog(storage, "set/blocks", "featurize").committed()
 

@@ -26,7 +26,7 @@ def url() -> str:
 @pytest.mark.parametrize("damage", ["missing", "garbage", "other rows", "other writer", "without claim", "dies"])
 def test_creating_a_set_again_restores_its_inputs_and_keeps_its_blocks(url: str, damage: str) -> None:
     info = stores.set_info()
-    made, path = stores.create(url, info), "features/train/inputs/000001.parquet"
+    made, path = stores.create(url, info), "features/train/inputs/000001.0.parquet"
     record = stores.write(made, 1)
     storage = made.storage
     storage.delete(path)
@@ -36,13 +36,13 @@ def test_creating_a_set_again_restores_its_inputs_and_keeps_its_blocks(url: str,
         storage.publish(path, encode_table(stores.inputs(info)[0]).parts)
     elif damage == "other writer":
         # As if another pyarrow had written the set: its bytes for the same table are not ours.
-        document = json.loads(storage.read("features/train/set.json"))
-        document["inputs"]["inputs/000001.parquet"]["crc32c"] = "00000000"
+        document = json.loads(storage.read("features/train/set.0.json"))
+        document["inputs"]["inputs/000001.0.parquet"]["crc32c"] = "00000000"
         del document["crc32c"]
-        storage.delete("features/train/set.json")
-        storage.publish("features/train/set.json", encode_document(document).parts)
+        storage.delete("features/train/set.0.json")
+        storage.publish("features/train/set.0.json", encode_document(document).parts)
     elif damage == "without claim":
-        storage.delete("features/train/claim.json")
+        storage.delete("features/train/claim.0.json")
     elif damage == "dies":
         with suppress(Killed):
             stores.create(KillingStorage(storage, changes=2), replace(info, block_rows=2))
@@ -71,7 +71,7 @@ def test_a_damaged_set_document_is_made_anew_when_it_is_deleted_as_the_message_s
     info = stores.set_info()
     made = stores.create(url, info)
     stores.write(made, 0)
-    before, path = stores.all_objects(made.storage), "features/train/set.json"
+    before, path = stores.all_objects(made.storage), "features/train/set.0.json"
     made.storage.delete(path)
     made.storage.publish(path, [before[path].replace(b"hash", b"has\xff")])
     with pytest.raises(IntegrityError) as caught:
@@ -85,12 +85,12 @@ def test_a_damaged_set_document_is_made_anew_when_it_is_deleted_as_the_message_s
     assert stores.all_objects(made.storage) == before
 
 
-def test_a_damaged_chunk_is_named_with_its_record_and_the_command(url: str) -> None:
+def test_a_damaged_chunk_is_named_with_the_commands_that_make_it_anew(url: str) -> None:
     made = stores.create(url, stores.set_info())
     stores.write(made, 1)
     for path in ("m0/layers.0.mlp/c/1/0", "examples/m0/000001.parquet"):
         made.storage.delete(f"features/train/{path}")
-    said = rf"its commit record {url}/features/train/blocks/m0/000001\.0\.json; then run `gradstore featurize` again"
+    said = rf"Run `gradstore repair {url}`, then `gradstore featurize` again"
     with pytest.raises(ObjectMissingError, match=rf"layers\.0\.mlp/c/1/0: is missing.*{said}"):
         made.read_block(1)
     with pytest.raises(ObjectMissingError, match=rf"examples/m0/000001\.parquet: is missing.*{said}"):

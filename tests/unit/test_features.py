@@ -179,10 +179,10 @@ def test_inputs_read_back_and_are_checked(url: str) -> None:
     info = stores.set_info()
     made = stores.create(url, info)
     assert made.read_inputs(2).equals(stores.inputs(info)[2])
-    made.storage.delete("features/train/inputs/000002.parquet")
-    made.storage.publish("features/train/inputs/000002.parquet", [b"PAR1 something else"])
+    made.storage.delete("features/train/inputs/000002.0.parquet")
+    made.storage.publish("features/train/inputs/000002.0.parquet", [b"PAR1 something else"])
     with pytest.raises(
-        IntegrityError, match=r"inputs/000002\.parquet: .* Run `gradstore featurize` again: it restores"
+        IntegrityError, match=r"inputs/000002\.0\.parquet: .* Run `gradstore featurize` again: it restores"
     ):
         made.read_inputs(2)
 
@@ -223,7 +223,7 @@ def test_too_few_or_too_many_inputs_are_refused(url: str, tables: int, rows: int
     info = stores.set_info()
     given = (stores.inputs(info) + stores.inputs(info))[:tables]
     store = FeatureStore.create(url, contract={}, run={})
-    with pytest.raises(DataError, match=f"feature set train: has 11 rows; its input tables have {rows}"):
+    with pytest.raises(DataError, match=f"feature set train: takes 11 rows; the input tables given have {rows}"):
         store.create_set(info, given)
     assert store.set_names() == []
 
@@ -257,7 +257,7 @@ def test_an_unfinished_creation_with_other_data_is_refused_until_its_folder_is_d
         stores.create(KillingStorage(storage, changes=5), stores.set_info(rows=12))
     with pytest.raises(ContractError) as caught:
         stores.create(url, stores.set_info())
-    assert "rows: store has 12, the run asks for 11" in str(caught.value)
+    assert "examples: store has 12, the run asks for 11" in str(caught.value)
     assert f"not finished: if no other run is at it, delete the folder {url}/features/train" in str(caught.value)
     for info in storage.list_objects("features/train"):
         storage.delete(info.path)
@@ -287,8 +287,7 @@ def test_a_set_that_is_opened_reads_each_record_once_and_one_generation(
     opened = FeatureStore.open(url).open_set("train")
     asked = records_read(opened.storage, monkeypatch)
     first = opened.read_block(0)
-    missing = {"unit": 0, "generation": 1, "state": "missing", "attempt": "repair", "objects": {}, "facts": {}}
-    made.storage.publish("features/train/blocks/m0/000000.1.json", encode_document(missing).parts)
+    made.log.take_back(0, "repair")
     again = opened.read_block(0, ["layers.0.mlp"])
     np.testing.assert_array_equal(again["layers.0.mlp"], first["layers.0.mlp"])
     assert asked == ["000000.0.json", "000000.1.json"]

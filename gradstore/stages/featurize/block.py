@@ -16,9 +16,9 @@ from gradstore.stages.featurize.batches import compute
 from gradstore.stages.featurize.tables import Statistics, example_table
 from gradstore.stages.featurize.writer import BackgroundWriter
 from gradstore.stages.loading import Loaded, load_for
-from gradstore.store.blocks import Record
+from gradstore.store.commits import Record
 from gradstore.store.examples import Example, from_table
-from gradstore.store.features import FeatureSet, FeatureStore
+from gradstore.store.features import FeatureSet, FeatureStore, blanked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,6 +49,8 @@ def featurize_blocks(
     output = str(store.contract["model"]["output"])
     with BackgroundWriter[Record]() as writer:
         for block in blocks:
+            if not feature_set.begin(block):
+                continue
             computed = _compute_block(feature_set, loaded, spec, block, output=output)
             writer.submit(
                 partial(
@@ -72,27 +74,31 @@ def _compute_block(feature_set: FeatureSet, loaded: Loaded, spec: RunSpec, block
     examples = from_table(feature_set.read_inputs(block))
     start, stop = info.block_range(block)
     features = {array.name: np.empty((stop - start, array.features), np.float32) for array in info.arrays}
-    outputs, statistics = np.empty(stop - start), Statistics(info)
+    outputs, statistics = np.full(stop - start, np.nan), Statistics(info)
     invalid: dict[int, str] = {}
     training = info.name == "train"
     # Only the kernel is built from covariances, and only from those of the train set.
     covariances = training and spec.features.covariances
     budget = int(info.recorded["token_budget"])
-    for found in compute(loaded, examples, budget, training=training, covariances=covariances):
-        rows = list(found.rows)
+    erased = info.erased_in(block)
+    left = [row for row in range(len(examples)) if row not in erased]
+    present = [examples[row] for row in left]
+    for found in compute(loaded, present, budget, training=training, covariances=covariances):
+        rows = [left[row] for row in found.rows]
         outputs[rows] = found.batch.outputs
         for name, values in found.batch.features.items():
             features[name][rows] = values
         if found.invalid:
-            invalid |= found.invalid
+            invalid |= {left[row]: what for row, what in found.invalid.items()}
         else:
             statistics.add(found.batch)
-    refuse_invalid(examples, invalid, spec.features.max_invalid * info.rows)
+    refuse_invalid(examples, invalid, spec.features.max_invalid * info.num_examples)
     for values in features.values():
-        values[list(invalid)] = np.nan
+        values[[*invalid, *erased]] = np.nan
+    table = example_table(start, examples, outputs, features, arrays=info.arrays, output=output)
     return Block(
         features=features,
-        examples=example_table(start, examples, outputs, features, arrays=info.arrays, output=output),
+        examples=blanked(table, erased) if erased else table,
         statistics=statistics.table(features),
         facts={"seconds": time.monotonic() - started, **loaded.facts()},
     )

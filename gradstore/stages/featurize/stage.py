@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,18 @@ from gradstore.plan import Plan, make_plan
 from gradstore.plan.resolve import make_adapter
 from gradstore.plan.sizes import SetPlan, block_tasks
 from gradstore.spec import RunSpec, content_hash, differences
+from gradstore.stages.featurize.append import extend_if_grown, input_tables
 from gradstore.stages.featurize.block import featurize_blocks
 from gradstore.stages.featurize.components import find_components
 from gradstore.stages.featurize.prepare import prepare
+from gradstore.stages.featurize.tables import statistics_of
 from gradstore.stages.loading import THREADS
 from gradstore.stages.progress import Progress
 from gradstore.store.backend import open_storage
-from gradstore.store.examples import Example, data_hash, to_table
-from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo
+from gradstore.store.examples import Example, data_hash
+from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo, finish_erasure
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from gradstore.numerics.projection import Projection
 
 # What each member may have for itself beside its weights: the noised copies in which it sees an example.
@@ -33,8 +33,10 @@ OWN = ("copies",)
 PROBE_ROWS = 16
 
 
-def featurize(spec: RunSpec, engine: Engine, progress: Progress) -> None:
+def featurize(spec: RunSpec, engine: Engine, progress: Progress, *, append: bool = False) -> None:
     """Write the features of every split that the store does not hold yet.
+
+    With ``append`` a split may have grown since: what it has beyond the stored examples is appended to its set.
 
     Raises
     ------
@@ -64,8 +66,11 @@ def featurize(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     for name, planned in plan.sets.items():
         rows = examples.splits[name]
         info = _set_info(plan, planned, data_hash(rows), prepared)
-        feature_set = store.create_set(info, _input_tables(rows, planned.block_rows))
+        extend_if_grown(store, name, rows, progress, append=append)
+        feature_set = store.create_set(info, input_tables(rows, planned.block_rows))
         _note_what_stays(progress, info, feature_set.info)
+        # An erasure that died is finished before blocks are computed that hold such rows no more.
+        finish_erasure(feature_set, statistics_of)
         for member in feature_set.info.members:
             _write_missing_blocks(spec, engine, progress, feature_set.of_member(member))
 
@@ -182,11 +187,6 @@ def _parts(group: ParameterGroup, projection: Projection) -> tuple[FeaturePart, 
     return tuple(found)
 
 
-def _input_tables(examples: Sequence[Example], block_rows: int) -> Iterator[pa.Table]:
-    for first in range(0, len(examples), block_rows):
-        yield to_table(examples[first : first + block_rows], first)
-
-
 def _write_missing_blocks(spec: RunSpec, engine: Engine, progress: Progress, feature_set: FeatureSet) -> None:
     info = feature_set.info
     missing = feature_set.missing_blocks()
@@ -197,9 +197,9 @@ def _write_missing_blocks(spec: RunSpec, engine: Engine, progress: Progress, fea
         arguments = (spec.run.store, spec.model_dump(), (info.name, feature_set.member), list(blocks))
         name = f"featurize-{label.replace(' ', '-')}-{blocks[0]:06d}"
         tasks.append(Task(name=name, function=featurize_blocks, arguments=arguments, rows=rows))
-    done = info.rows - sum(task.rows for task in tasks)
+    done = info.num_examples - sum(task.rows for task in tasks)
     saturated = 0
-    with progress.stage(f"featurize {label}", info.rows, "rows", done) as advance:
+    with progress.stage(f"featurize {label}", info.num_examples, "rows", done) as advance:
         for task, lost in engine.run(tasks):
             saturated += lost["saturated"]
             advance(task.rows)
@@ -225,9 +225,12 @@ def _count_invalid_rows(spec: RunSpec, progress: Progress, feature_set: FeatureS
     rows: dict[str, int] = {}
     for block in invalid:
         table = feature_set.read_examples(["example_id", "valid"], block=block).to_pydict()
-        rows |= {name: block for name, valid in zip(table["example_id"], table["valid"], strict=True) if not valid}
-    told = f"features/{info.name}: {len(rows):,} of {info.rows:,} rows are not finite: {', '.join([*rows][:3])}"
-    if len(rows) > spec.features.max_invalid * info.rows:
+        pairs = zip(table["example_id"], table["valid"], strict=True)
+        rows |= {name: block for name, valid in pairs if name is not None and not valid}
+    if not rows:
+        return
+    told = f"features/{info.name}: {len(rows):,} of {info.num_examples:,} rows are not finite: {', '.join([*rows][:3])}"
+    if len(rows) > spec.features.max_invalid * info.num_examples:
         raise DataError(
             f"{told}. features.max_invalid allows {spec.features.max_invalid:.2%}. Raise it to go on without them, or "
             'mend the data or the model (model.precision = "float32"?) and choose another run.store.'

@@ -53,6 +53,11 @@ def example_table(
     )
 
 
+def statistics_of(info: SetInfo, features: Mapping[str, np.ndarray]) -> pa.Table:
+    """Return the statistics that features alone tell: without covariances."""
+    return Statistics(info).table(features)
+
+
 def _starts(array: FeatureArray) -> list[int]:
     """First feature of every part, as `full_rows` has them."""
     return [0, *accumulate(part.shape[0] * part.shape[1] for part in array.parts)][:-1]

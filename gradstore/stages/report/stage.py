@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 # A page of more queries is slow to open; the scores in the store hold them all.
+# What is shown in the place of an example that was erased since it was ranked.
+_ERASED: Mapping[str, Any] = {"example_id": "(erased)", "label": None, "text": ""}
 MAX_QUERIES = 100
 SIGN_NOTE = (
     "Positive scores are proponents: training on them would lower the query's loss, by the model's own gradients."
@@ -175,7 +177,9 @@ def _feature_bytes(store: FeatureStore) -> int:
     total = 0
     for name in store.set_names():
         info = store.open_set(name).info
-        total += info.rows * sum(array.features for array in info.arrays) * (2 if info.dtype == "float16" else 4)
+        total += (
+            info.num_examples * sum(array.features for array in info.arrays) * (2 if info.dtype == "float16" else 4)
+        )
     return total
 
 
@@ -203,16 +207,20 @@ def _queries(store: FeatureStore, rankings: Sequence[Mapping[str, Any]]) -> list
             rankings=by_query[query],
         )
         for query in shown
+        # A row of a gap is no query.
+        if query in queries
     ]
 
 
-def _texts(feature_set: FeatureSet, rows: Collection[int]) -> dict[int, dict[str, Any]]:
+def _texts(feature_set: FeatureSet, rows: Collection[int]) -> dict[int, Mapping[str, Any]]:
     """Id, label and text of some examples of a set, by row."""
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, Mapping[str, Any]] = {}
     for block in sorted({row // feature_set.info.block_rows for row in rows}):
         start, _ = feature_set.info.block_range(block)
         table = feature_set.read_inputs(block).select(["example_id", "label", "text"])
-        found |= {start + index: row for index, row in enumerate(table.to_pylist()) if start + index in rows}
+        for index, row in enumerate(table.to_pylist()):
+            if start + index in rows:
+                found[start + index] = row if row["example_id"] is not None else _ERASED
     return found
 
 

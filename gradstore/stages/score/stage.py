@@ -89,7 +89,7 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
             "kernel": method.kernel,
             "weights": method.weights,
             "tail_patch": patches.get(method),
-            **_precision(found.proponents, labels, judged),
+            **_precision(found.proponents, labels, judged, among=valid[0]),
         }
         artifact.write(_table(found), summary, facts={"queries": queries.info.rows})
 
@@ -220,7 +220,7 @@ def _patch(
 
 
 def _precision(
-    ranked: Ranked, train_labels: Sequence[str | None], query_labels: Mapping[int, str | None]
+    ranked: Ranked, train_labels: Sequence[str | None], query_labels: Mapping[int, str | None], *, among: np.ndarray
 ) -> dict[str, float | None]:
     """Label precision@10, mean over those queries that have a label, and what chance gives; None without labels."""
     from gradstore.numerics.metrics import chance_precision, precision_at_k
@@ -232,25 +232,27 @@ def _precision(
         precision_at_k([train_labels[row] for row in ranked.rows[query]], label, k=PRECISION_K)
         for query, label in labelled
     ]
-    chance = chance_precision(train_labels, [label for _, label in labelled])
+    chance = chance_precision([train_labels[row] for row in among], [label for _, label in labelled])
     return {"precision_at_10": float(np.mean(precisions)), "chance": chance}
 
 
 def _valid_queries(store: FeatureStore) -> np.ndarray:
     """Numbers of the eval queries that are valid in every member: others are ranked by zeros, and judged by nothing."""
     members = store.open_set("eval").info.members
-    columns = [store.open_set("eval", member).read_examples(["valid"])["valid"].to_numpy() for member in members]
-    return np.flatnonzero(np.logical_and.reduce(columns))
+    return np.flatnonzero(np.logical_and.reduce([store.open_set("eval", member).valid_rows() for member in members]))
 
 
 def _labels(feature_set: FeatureSet) -> list[str | None]:
-    labels: list[str | None] = feature_set.read_examples(["label"])["label"].to_pylist()
-    return labels
+    return feature_set.read_column("label")
 
 
 def _texts(feature_set: FeatureSet) -> list[str]:
-    blocks = range(feature_set.info.num_blocks)
-    return [text for block in blocks for text in feature_set.read_inputs(block)["text"].to_pylist()]
+    """Texts by row; "" where a row is in a gap or erased."""
+    texts = [""] * feature_set.info.rows
+    for block in range(feature_set.info.num_blocks):
+        found = feature_set.read_inputs(block)["text"].to_pylist()
+        texts[slice(*feature_set.info.block_range(block))] = [text or "" for text in found]
+    return texts
 
 
 def _table(ranks: Ranks) -> pa.Table:

@@ -13,8 +13,6 @@ from gradstore.errors import NotReadyError
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import (
     Buffers,
-    CommitLog,
-    Record,
     claim_document,
     in_parallel,
     publish_metadata,
@@ -24,6 +22,7 @@ from gradstore.store.blocks import (
     read_object,
 )
 from gradstore.store.codecs import Payload, plain
+from gradstore.store.commits import CommitLog, Record
 from gradstore.store.contract import require_equal, require_version
 from gradstore.store.layout import ARTIFACT_FILE, FORMAT_VERSION, ArrayLayout, check_name, chunk_path
 
@@ -160,16 +159,23 @@ class Artifact:
         if not self.is_complete():
             self.storage.sweep(self.folder)
         for path, payload in (chunks or {}).items():
-            publish_object(self.storage, f"{self.folder}/{path}", payload)
+            publish_object(self.storage, f"{self.folder}/{path}", payload, adopt=False)
         publish_metadata(self.storage, {f"{self.folder}/{path}": layout for path, layout in arrays.items()})
 
     def _write_unit(self, unit: int, payloads: Mapping[str, Payload], facts: Mapping[str, Any]) -> Record:
+        """Publish the objects of a unit and commit it, unless it is committed; return the record that counts.
+
+        What another attempt left is not adopted: it may be of an artifact that was pruned since.
+        """
+        generation = self.log.begin(unit)
+        if generation is None:
+            return self._record(unit)
         entries = in_parallel(
-            lambda item: publish_object(self.storage, f"{self.folder}/{item[0]}", item[1]),
+            lambda item: publish_object(self.storage, f"{self.folder}/{item[0]}", item[1], adopt=False),
             payloads.items(),
             threads=self.storage.concurrency,
         )
-        return self.log.commit(unit, dict(zip(payloads, entries, strict=True)), facts)
+        return self.log.commit(unit, generation, dict(zip(payloads, entries, strict=True)), facts)
 
     def _committed(self, unit: int) -> Record | None:
         last = self.log.latest(unit)
@@ -180,9 +186,9 @@ class Artifact:
         return self.log.require(unit, f"{what}`gradstore {VERBS[self.kind]}`: it goes on from there.")
 
     def _read_object(self, path: str) -> bytes:
-        record = self._record(0)
-        remedy = self.log.remedy(record)
-        return read_object(self.storage, f"{self.folder}/{path}", record.objects[path], remedy=remedy)
+        record, place = self._record(0), f"{self.folder}/{path}"
+        entry, remedy = record.objects[path], self.log.remedy()
+        return self.log.read(record, place, lambda: read_object(self.storage, place, entry, remedy=remedy))
 
     def _read_chunk(self, unit: int, array: str, layout: ArrayLayout) -> npt.NDArray[Any]:
         """Values of the only chunk of an array, in memory of their own."""
@@ -193,8 +199,10 @@ class Artifact:
     def _read_into(
         self, record: Record, path: str, layout: ArrayLayout, buffer: npt.NDArray[np.uint8]
     ) -> npt.NDArray[Any]:
-        place, remedy = f"{self.folder}/{path}", self.log.remedy(record)
-        return read_chunk(self.storage, place, record.objects[path], layout, buffer, remedy=remedy)
+        place, entry, remedy = f"{self.folder}/{path}", record.objects[path], self.log.remedy()
+        return self.log.read(
+            record, place, lambda: read_chunk(self.storage, place, entry, layout, buffer, remedy=remedy)
+        )
 
 
 def list_artifacts(storage: Storage) -> list[ArtifactStatus]:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from gradstore.errors import DataError
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import Record, in_parallel
+from gradstore.store.blocks import in_parallel
 from gradstore.store.codecs import Payload, Rounding, encode_chunk, from_half, to_half
+from gradstore.store.commits import Record
 from gradstore.store.layout import ArrayLayout, RowBlocks, chunk_path
 
 # In a folder of their own, which then holds nothing but arrays: xarray opens it without a warning.
@@ -30,8 +31,8 @@ class ContributionShape(RowBlocks):
     ----------
     queries, rows, groups
         Its three axes: Q, N, and the names of the M groups.
-    block_rows
-        Rows of a block: that of the training set.
+    block_rows, gaps
+        Rows of a block, and those that belong to no example: as in the training set.
     query_tile
         Queries of a chunk.
     dtype
@@ -108,7 +109,7 @@ class ContributionArtifact(Artifact):
         info = ArtifactInfo(
             kind=cls.kind,
             num_units=shape.num_blocks,
-            settings={**settings, "shape": {name: values[name] for name in ("queries", "rows", "groups")}},
+            settings={**settings, "shape": {name: values[name] for name in ("queries", "rows", "gaps", "groups")}},
             recorded={
                 "shape": {name: values[name] for name in ("block_rows", "query_tile", "dtype")},
                 "scales": scales.tolist(),
@@ -132,7 +133,8 @@ class ContributionArtifact(Artifact):
     def shape(self) -> ContributionShape:
         """Shape of C, and its division, which is that of the first creation."""
         values = {**self.settings["shape"], **self.info.recorded["shape"]}
-        return ContributionShape(**{**values, "groups": tuple(values["groups"])})
+        gaps = tuple((start, stop) for start, stop in values["gaps"])
+        return ContributionShape(**{**values, "groups": tuple(values["groups"]), "gaps": gaps})
 
     @cached_property
     def scales(self) -> npt.NDArray[np.float32]:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import Record, in_parallel
+from gradstore.store.blocks import in_parallel
 from gradstore.store.codecs import encode_chunk
+from gradstore.store.commits import Record
 from gradstore.store.layout import ArrayLayout, chunk_path, group_array
 
 SIDES = ("left", "right")

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import Record
 from gradstore.store.codecs import decode_document, decode_table, encode_document, encode_table
+from gradstore.store.commits import Record
 
 _WEIGHTS = "weights.parquet"
 _TRAJECTORY = "trajectory.parquet"
@@ -93,5 +93,5 @@ class ScoresArtifact(_TablesArtifact):
 
     def read_summary(self) -> dict[str, Any]:
         """Return the summary; NotReadyError if it is not committed."""
-        where, remedy = f"{self.storage.url}/{self.folder}/{_SUMMARY}", self.log.remedy(self._record(0))
+        where, remedy = f"{self.storage.url}/{self.folder}/{_SUMMARY}", self.log.remedy()
         return decode_document(self._read_object(_SUMMARY), where, remedy)

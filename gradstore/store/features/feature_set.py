@@ -10,21 +10,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gradstore.errors import DataError, IntegrityError, NotReadyError, ObjectMissingError
+from gradstore.errors import DataError, IntegrityError, NotReadyError, ObjectMissingError, SupersededError
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import (
-    Buffers,
-    CommitLog,
-    ObjectEntry,
-    Record,
-    in_parallel,
-    publish_object,
-    read_chunk,
-    read_object,
+from gradstore.store.blocks import Buffers, ObjectEntry, in_parallel, publish_object, read_chunk, read_object
+from gradstore.store.codecs import (
+    Payload,
+    Rounding,
+    decode_chunk,
+    decode_table,
+    encode_chunk,
+    encode_table,
+    from_half,
+    to_half,
 )
-from gradstore.store.codecs import Rounding, decode_table, encode_chunk, encode_table, from_half, to_half
-from gradstore.store.features.info import FeatureArray, SetInfo, Snapshot
-from gradstore.store.layout import chunk_path, part_path
+from gradstore.store.commits import CommitLog, Record
+from gradstore.store.features.info import FeatureArray, SetVersion, Snapshot
+from gradstore.store.layout import chunk_path, part_path, set_path
+
+Put = Callable[[str, Payload], ObjectEntry]
+"""Stores an object of a block, by its path in the storage, and returns what is there now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +43,20 @@ class FeatureSet:
     """One member's features in a feature set of a store; `FeatureStore.create_set` and `FeatureStore.open_set` make it.
 
     Reading and writing are safe from several threads and, but for the buffers, from any number of processes. Of every block
-    one generation is read throughout: that of the snapshot, or else of the first read. Another generation, which a repair
-    or an erasure makes, is seen by a set that is opened anew.
+    one generation is read throughout: that of the snapshot, or else of the first read. An append is not seen by a set that
+    was opened before it; a block that a repair or an erasure took back ends its readers and writers with SupersededError.
     """
 
-    def __init__(self, storage: Storage, info: SetInfo, inputs: Mapping[str, ObjectEntry], member: str) -> None:
+    def __init__(self, storage: Storage, version: SetVersion, member: str) -> None:
         self.storage = storage
-        self.info = info
+        self.version = version
+        self.info = version.info
         self.member = member
-        self.log = CommitLog(storage, f"{info.folder}/blocks/{member}", "featurize")
-        self._inputs = inputs
+        self.log = CommitLog(storage, f"{self.info.folder}/blocks/{member}", "featurize")
         self._buffers = Buffers()
-        self._arrays = {array.name: array for array in info.arrays}
+        self._arrays = {array.name: array for array in self.info.arrays}
+        self._begun: dict[int, int] = {}
+        self._inputs = version.input_paths()
 
     def of_member(self, member: str) -> FeatureSet:
         """Return the same set as another of its members has it.
@@ -62,7 +68,7 @@ class FeatureSet:
         """
         if member not in self.info.members:
             raise NotReadyError(f"{self._where}: has no member {member}; found: {', '.join(self.info.members)}.")
-        return FeatureSet(self.storage, self.info, self._inputs, member)
+        return FeatureSet(self.storage, self.version, member)
 
     def missing_blocks(self) -> list[int]:
         """Blocks that are not committed, in order."""
@@ -76,7 +82,7 @@ class FeatureSet:
         NotReadyError
             If a block is not committed.
         """
-        units = self.log.pin()
+        units = {block: generation for block, generation in self.log.pin().items() if block < self.info.num_blocks}
         if len(units) < self.info.num_blocks:
             raise NotReadyError(
                 f"{self._where}: {len(units)} of {self.info.num_blocks} blocks are committed. Run `gradstore featurize` "
@@ -85,27 +91,44 @@ class FeatureSet:
         return Snapshot(feature_set=self.info.name, member=self.member, blocks=tuple(units.items()))
 
     def read_inputs(self, block: int) -> pa.Table:
-        """What enters the model for a block's rows: the table that the creator gave.
+        """What enters the model for a block's rows: the table that the creator gave; of erased rows nothing is left.
 
         Raises
         ------
         ObjectMissingError, IntegrityError
             If it is not there, or not what the creator wrote.
         """
-        return decode_table(self._read_input(part_path("inputs", block)))
+        return decode_table(self._read_input(self._inputs[block]))
 
-    def damaged_inputs(self) -> list[str]:
-        """Paths in the store of the input tables that are missing or not what the creator wrote; all are read."""
+    def damaged_inputs(self) -> list[int]:
+        """Blocks whose table of inputs is missing or not what the creator wrote; all are read."""
 
-        def is_damaged(path: str) -> bool:
+        def is_damaged(block: int) -> bool:
             try:
-                self._read_input(path)
+                self._read_input(self._inputs[block])
             except (ObjectMissingError, IntegrityError):
                 return True
             return False
 
-        damaged = in_parallel(is_damaged, self._inputs, threads=self.storage.concurrency)
-        return [f"{self.info.folder}/{path}" for path, found in zip(self._inputs, damaged, strict=True) if found]
+        blocks = range(self.info.num_blocks)
+        damaged = in_parallel(is_damaged, blocks, threads=self.storage.concurrency)
+        return [block for block, found in zip(blocks, damaged, strict=True) if found]
+
+    def begin(self, block: int) -> bool:
+        """Begin an attempt at a block, before its inputs are read; False if the block is committed.
+
+        Raises
+        ------
+        SupersededError
+            If the block was taken back and the set has changed since this one was opened: an erased row would come back.
+        """
+        generation = self.log.begin(block)
+        if generation is None:
+            return False
+        if generation > 0:
+            self._refuse_an_older_version()
+        self._begun[block] = generation
+        return True
 
     def write_block(
         self,
@@ -117,6 +140,8 @@ class FeatureSet:
         facts: Mapping[str, Any],
     ) -> Record:
         """Write and commit a block, unless it is committed; return the record that counts.
+
+        The attempt began with `begin`, or begins now.
 
         Parameters
         ----------
@@ -131,39 +156,63 @@ class FeatureSet:
         facts
             What to keep in the record beside ``rows``, ``nan_rows`` (rows in which a feature is not finite),
             ``saturated`` and ``flushed`` (values that float16 could not hold, and that it made zero), and
-            ``saturated_groups`` (where).
+            ``saturated_groups`` (where), and ``erased`` (rows of the block whose example was erased).
 
         Raises
         ------
         DataError
             If the features or examples do not have the block's shape, or a column has no type.
+        SupersededError
+            If the block was taken back since the attempt began.
         """
-        last = self.log.latest(block)
-        if last is not None and last.state == "committed":
-            return last
-        rows = self._check(block, features, examples)
+        if block not in self._begun and not self.begin(block):
+            latest = self.log.latest(block)
+            assert latest is not None
+            return latest
+        generation = self._begun.pop(block)
+        # Looked for before anything is written, so that only one that is stopped while it writes leaves objects behind.
+        self.log.refuse_overtaken(block, generation)
+        self._check(block, features, examples)
         self._check_types(block, examples, statistics)
+
+        def put(path: str, payload: Payload) -> ObjectEntry:
+            # What a fenced attempt at an earlier generation left is not adopted: erased rows may be in it.
+            return publish_object(self.storage, path, payload, adopt=generation == 0)
+
+        objects, found = self.put_block(block, features, {"examples": examples, "statistics": statistics}, put)
+        return self.log.commit(block, generation, objects, {**facts, **found})
+
+    def put_block(
+        self,
+        block: int,
+        features: Mapping[str, npt.NDArray[np.float32]],
+        tables: Mapping[str, pa.Table],
+        put: Put,
+    ) -> tuple[dict[str, ObjectEntry], dict[str, Any]]:
+        """Encode the objects of a block and store each with ``put``; return their entries, and what was found of them."""
         written = in_parallel(
-            lambda array: self._write_chunk(block, array, features[array.name]),
+            lambda array: self._write_chunk(block, array, features[array.name], put),
             self.info.arrays,
             threads=self.storage.concurrency,
         )
         objects = {item.path: item.entry for item in written}
-        for part, table in (("examples", examples), ("statistics", statistics)):
+        for part, table in tables.items():
             path = part_path(f"{part}/{self.member}", block)
-            objects[path] = publish_object(self.storage, f"{self.info.folder}/{path}", encode_table(table))
+            objects[path] = put(f"{self.info.folder}/{path}", encode_table(table))
         finite_rows = np.logical_and.reduce([item.finite_rows for item in written])
+        erased = self.info.erased_in(block)
+        assert not finite_rows[erased].any(), "of an erased row no feature may be written"
         rounding = sum((item.rounding for item in written), Rounding())
-        found = {
-            "rows": rows,
-            "nan_rows": rows - int(np.count_nonzero(finite_rows)),
+        found: dict[str, Any] = {
+            "rows": len(finite_rows),
+            "nan_rows": len(finite_rows) - int(np.count_nonzero(finite_rows)),
             "saturated": rounding.saturated,
             "flushed": rounding.flushed,
             "saturated_groups": [
                 array.name for array, item in zip(self.info.arrays, written, strict=True) if item.rounding.saturated
             ],
         }
-        return self.log.commit(block, objects, {**facts, **found})
+        return objects, found | ({"erased": erased} if erased else {})
 
     def read_block(
         self,
@@ -205,9 +254,49 @@ class FeatureSet:
         )
         return into
 
+    def read_taken_back(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
+        """Features of a block that is taken back, as its chunks are now, each sound in itself; by group, all of them.
+
+        Raises
+        ------
+        ObjectMissingError, IntegrityError
+            If a chunk is missing or damaged.
+        """
+        start, stop = self.info.block_range(block)
+        found = {array.name: np.empty((stop - start, array.features), np.float32) for array in self.info.arrays}
+        for array in self.info.arrays:
+            layout = self.info.array_layout(array)
+            place = f"{self.info.folder}/{chunk_path(self.info.array_path(self.member, array.name), block, 0)}"
+            decoded = decode_chunk(np.frombuffer(self.storage.read(place), np.uint8), layout)
+            if decoded is None:
+                raise IntegrityError(f"{self.storage.url}/{place}: is damaged. {self.log.remedy()}")
+            self._decode(array, decoded[0], found[array.name])
+        return found
+
     def invalid_blocks(self) -> list[int]:
         """Committed blocks in which some row is not valid: its features are NaN."""
-        return [block for block, record in self.log.committed().items() if record.facts["nan_rows"]]
+        committed = self.log.committed()
+        return [
+            block for block, record in committed.items() if record.facts["nan_rows"] and block < self.info.num_blocks
+        ]
+
+    def valid_rows(self) -> npt.NDArray[np.bool_]:
+        """Which rows [rows] are of a valid example, in a set of which every block is committed; those of gaps are not."""
+        valid = np.zeros(self.info.rows, bool)
+        for block in range(self.info.num_blocks):
+            valid[slice(*self.info.block_range(block))] = True
+        for block in self.invalid_blocks():
+            mask = self.read_examples(["valid"], block=block)["valid"].to_numpy()
+            valid[slice(*self.info.block_range(block))] = mask
+        return valid
+
+    def read_column(self, name: str) -> list[Any]:
+        """Return a column of the example table by row, [rows]: None where a row is in a gap or its block not committed."""
+        table = self.read_examples(["row", name])
+        column: list[Any] = [None] * self.info.rows
+        for row, value in zip(table["row"].to_pylist(), table[name].to_pylist(), strict=True):
+            column[row] = value
+        return column
 
     def read_examples(self, columns: Sequence[str] | None = None, *, block: int | None = None) -> pa.Table:
         """Return the example table, or some of its columns, of one committed block or of all, in the order of rows."""
@@ -223,7 +312,18 @@ class FeatureSet:
 
     def _read_input(self, path: str) -> bytes:
         place, remedy = f"{self.info.folder}/{path}", "Run `gradstore featurize` again: it restores it."
-        return read_object(self.storage, place, self._inputs[path], remedy=remedy)
+        return read_object(self.storage, place, self.version.inputs[path], remedy=remedy)
+
+    def _refuse_an_older_version(self) -> None:
+        path = set_path(self.info.folder, self.version.number + 1)
+        try:
+            self.storage.read(path)
+        except ObjectMissingError:
+            return
+        raise SupersededError(
+            f"{self._where}: examples were appended or erased since it was opened ({path} is there). Run the same command "
+            "again: it sees what is there now."
+        )
 
     def _record(self, block: int) -> Record:
         what = (
@@ -231,7 +331,7 @@ class FeatureSet:
         )
         return self.log.require(block, what)
 
-    def _check(self, block: int, features: Mapping[str, npt.NDArray[np.float32]], examples: pa.Table) -> int:
+    def _check(self, block: int, features: Mapping[str, npt.NDArray[np.float32]], examples: pa.Table) -> None:
         start, stop = self.info.block_range(block)
         rows = stop - start
         where = f"{self._where}: block {block}"
@@ -249,7 +349,6 @@ class FeatureSet:
                     f"{where}: {name}: found {found.dtype} {list(found.shape)}; "
                     f"the set takes float32 {[rows, array.features]}."
                 )
-        return rows
 
     def _check_types(self, block: int, *tables: pa.Table) -> None:
         """Refuse columns of nulls alone: as parquet they have no type, and the folder of parts no common schema."""
@@ -259,37 +358,46 @@ class FeatureSet:
                 f"{self._where}: block {block}: columns without a type: {', '.join(untyped)}. Give the tables a schema."
             )
 
-    def _write_chunk(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32]) -> _Written:
+    def _write_chunk(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32], put: Put) -> _Written:
         layout = self.info.array_layout(array)
         path = chunk_path(self.info.array_path(self.member, array.name), block, 0)
         place, rounding = f"{self.info.folder}/{path}", Rounding()
         if self.info.dtype == "float32":
-            entry = publish_object(self.storage, place, encode_chunk(values, layout))
+            entry = put(place, encode_chunk(values, layout))
         else:
             with self._buffers.borrow(values.size * layout.stored_dtype.itemsize) as buffer:
                 halves = buffer.view(layout.stored_dtype).reshape(values.shape)
                 rounding = to_half(values, array.scale, halves)
-                entry = publish_object(self.storage, place, encode_chunk(halves, layout))
+                entry = put(place, encode_chunk(halves, layout))
         finite_rows = np.logical_and.reduce(np.isfinite(values), axis=1)
         return _Written(path=path, entry=entry, rounding=rounding, finite_rows=finite_rows)
 
     def _read_chunk(self, record: Record, array: FeatureArray, out: npt.NDArray[np.float32]) -> None:
         layout = self.info.array_layout(array)
         path = chunk_path(self.info.array_path(self.member, array.name), record.unit, 0)
+        place, entry, remedy = f"{self.info.folder}/{path}", record.objects[path], self.log.remedy()
         with self._buffers.borrow(layout.chunk_bytes) as buffer:
-            place, remedy = f"{self.info.folder}/{path}", self.log.remedy(record)
-            stored = read_chunk(self.storage, place, record.objects[path], layout, buffer, remedy=remedy)
-            if self.info.dtype == "float16":
-                from_half(stored[: len(out)], array.scale, out)
-            else:
-                np.copyto(out, stored[: len(out)])
+            stored = self.log.read(
+                record, place, lambda: read_chunk(self.storage, place, entry, layout, buffer, remedy=remedy)
+            )
+            self._decode(array, stored, out)
+
+    def _decode(self, array: FeatureArray, stored: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
+        if self.info.dtype == "float16":
+            from_half(stored[: len(out)], array.scale, out)
+        else:
+            np.copyto(out, stored[: len(out)])
 
     def _read_parts(self, part: str, decode: Callable[[bytes], pa.Table], block: int | None) -> pa.Table:
         def read(record: Record) -> pa.Table:
             path = part_path(f"{part}/{self.member}", record.unit)
-            place, remedy = f"{self.info.folder}/{path}", self.log.remedy(record)
-            return decode(read_object(self.storage, place, record.objects[path], remedy=remedy))
+            place, entry, remedy = f"{self.info.folder}/{path}", record.objects[path], self.log.remedy()
+            data = self.log.read(record, place, lambda: read_object(self.storage, place, entry, remedy=remedy))
+            return decode(data)
 
-        records = self.log.committed().values() if block is None else [self._record(block)]
+        if block is None:
+            records = [record for unit, record in self.log.committed().items() if unit < self.info.num_blocks]
+        else:
+            records = [self._record(block)]
         tables = in_parallel(read, records, threads=self.storage.concurrency)
         return pa.concat_tables(tables) if tables else pa.table({})

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
 
-from gradstore.errors import DataError, NotReadyError
+from gradstore.errors import NotReadyError
 from gradstore.store.backend import Storage, open_storage
 from gradstore.store.blocks import (
     ObjectEntry,
@@ -23,15 +22,18 @@ from gradstore.store.blocks import (
 from gradstore.store.codecs import encode_document, encode_table, plain
 from gradstore.store.contract import require_equal, require_version
 from gradstore.store.features.feature_set import FeatureSet
-from gradstore.store.features.info import RESTORE, SetInfo
+from gradstore.store.features.info import RESTORE, SetInfo, SetVersion
+from gradstore.store.features.inputs import inputs_of_blocks
 from gradstore.store.layout import (
-    CLAIM_FILE,
     FORMAT_VERSION,
-    SET_FILE,
     STORE_FILE,
+    ArrayLayout,
     check_name,
-    part_path,
+    claim_path,
+    inputs_path,
+    metadata_objects,
     set_folder,
+    set_path,
 )
 
 _RESTORE_STORE = "Restore it from a copy, or choose another run.store."
@@ -98,7 +100,7 @@ class FeatureStore:
     def set_names(self) -> list[str]:
         """Names of the feature sets, in order."""
         names = self.storage.list_folders("features")
-        return [name for name in names if self._read_set(name) is not None]
+        return [name for name in names if self.find_set(name) is not None]
 
     def open_set(self, name: str, member: str | None = None) -> FeatureSet:
         """Open a feature set, as one of its members has it: the first unless another is named.
@@ -108,7 +110,7 @@ class FeatureStore:
         NotReadyError
             If the store has no such set, or the set no such member.
         """
-        found = self._find_set(name)
+        found = self.find_set(name)
         if found is None:
             raise NotReadyError(
                 f"{self.storage.url}: there is no feature set {name}; found: {', '.join(self.set_names()) or 'none'}. "
@@ -139,90 +141,125 @@ class FeatureStore:
             If the tables have not as many rows as the set.
         """
         where = f"The feature set {self.storage.url}/{info.folder}"
-        existing = self._find_set(info.name)
+        existing = self.find_set(info.name)
         if existing is None:
             folder = f"{self.storage.url}/{info.folder}"
-            claim = claim_document(
-                self.storage,
-                f"{info.folder}/{CLAIM_FILE}",
-                {"info": info.to_json()},
-                remedy=f"Delete the folder {folder}, then run `gradstore featurize` again: it makes the set anew.",
-            )
-            claimed = SetInfo.from_json(claim["info"])
             remedy = (
                 f"{RESTORE} The set's creation was not finished: if no other run is at it, delete the folder {folder}, "
                 "then run the same command again."
             )
+            claimed = self.claim_version(0, info)
             claimed.require_same(info, where, remedy=remedy)
-            self._publish_set(claimed, inputs)
+            self.publish_version(0, claimed, self._publish_inputs(claimed, 0, inputs))
             existing = self.open_set(info.name)
             existing.info.require_same(info, where)
         else:
             existing.info.require_same(info, where)
-            existing = self._restore_set(existing, inputs)
+            existing = self._restore_set(existing, info, inputs)
         if existing.missing_blocks():
             self.storage.sweep(info.folder)
         return existing
 
-    def _find_set(self, name: str) -> FeatureSet | None:
-        document = self._read_set(check_name("feature set", name))
-        if document is None:
-            return None
-        inputs = {path: ObjectEntry(**entry) for path, entry in document["inputs"].items()}
-        info = SetInfo.from_json(document["info"])
-        return FeatureSet(self.storage, info, inputs, info.members[0])
+    def extend_set(self, name: str, extended: SetInfo, inputs: Iterable[pa.Table]) -> FeatureSet:
+        """Append examples to a set, in blocks of their own: a new version of it. If it dies, extending again goes on.
 
-    def _read_set(self, name: str) -> dict[str, Any] | None:
+        One process extends a set. Those who opened it before read on what it was; what is made from it is stale then.
+
+        Parameters
+        ----------
+        name
+            The set.
+        extended
+            What it becomes: `SetInfo.appended` of what it is.
+        inputs
+            What enters the model: tables of the appended rows alone.
+
+        Raises
+        ------
+        ContractError
+            If another append was begun and not finished, or another change came first.
+        DataError
+            If the tables have not as many rows as are appended.
+        """
+        existing = self.open_set(name)
+        number = existing.version.number + 1
+        claimed = self.claim_version(number, extended)
+        where = f"The feature set {self.storage.url}/{extended.folder}"
+        claim = f"{self.storage.url}/{claim_path(extended.folder, number)}"
+        remedy = f"Another change of it was begun and not finished: finish that, or delete {claim}."
+        require_equal(where, claimed.to_json(), extended.to_json(), remedy=remedy)
+        entries = self._publish_inputs(claimed, number, inputs, first_block=existing.info.num_blocks)
+        for path, data in metadata_objects(self._arrays(claimed)).items():
+            # The only objects that are ever changed. No reader of ours looks at them, and to others rows are added that
+            # are NaN until they are written.
+            self.storage.replace(path, (data,))
+        self.publish_version(number, claimed, {**existing.version.inputs, **entries})
+        return self.open_set(name)
+
+    def find_set(self, name: str) -> FeatureSet | None:
+        """Open a feature set as its first member has it, or return None if the store has none of that name."""
+        folder, number = set_folder(check_name("feature set", name)), 0
+        found: dict[str, Any] | None = None
         # The claim holds all that the document does but for the entries of the inputs, which its creator publishes again.
         remedy = "Delete it, then run `gradstore featurize` again: it makes it anew and keeps the blocks."
-        return read_document(self.storage, f"{set_folder(name)}/{SET_FILE}", remedy=remedy)
+        while (later := read_document(self.storage, set_path(folder, number), remedy=remedy)) is not None:
+            found, number = later, number + 1
+        if found is None:
+            return None
+        inputs = {path: ObjectEntry(**entry) for path, entry in found["inputs"].items()}
+        version = SetVersion(number=number - 1, info=SetInfo.from_json(found["info"]), inputs=inputs)
+        return FeatureSet(self.storage, version, version.info.members[0])
 
-    def _restore_set(self, existing: FeatureSet, inputs: Iterable[pa.Table]) -> FeatureSet:
+    def claim_version(self, number: int, info: SetInfo) -> SetInfo:
+        """Claim a version of a set, and return what the first to claim it asked for."""
+        path = claim_path(info.folder, number)
+        remedy = f"Delete {self.storage.url}/{path}, then run the same command again: it makes it anew."
+        return SetInfo.from_json(claim_document(self.storage, path, {"info": info.to_json()}, remedy=remedy)["info"])
+
+    def publish_version(self, number: int, info: SetInfo, inputs: Mapping[str, ObjectEntry]) -> None:
+        """Publish the document of a version of a set, last: until then it is the version before."""
+        entries = {path: asdict(entry) for path, entry in inputs.items()}
+        document = {"info": info.to_json(), "inputs": entries}
+        self.storage.publish(set_path(info.folder, number), encode_document(document).parts)
+
+    def _restore_set(self, existing: FeatureSet, asked: SetInfo, inputs: Iterable[pa.Table]) -> FeatureSet:
         """Publish what is missing of a set's metadata, and its inputs where one is missing or damaged."""
-        info = existing.info
+        info, number = existing.info, existing.version.number
         damaged = existing.damaged_inputs()
         if not damaged:
-            self._publish_metadata(info)
+            publish_metadata(self.storage, self._arrays(info))
             return existing
-        # Another version of pyarrow writes other bytes, so set.json, which names them, is written anew with them; a
-        # creation that dies between is finished from the claim like any other.
-        remedy = "Delete it, then run `gradstore featurize` again: it makes it anew."
-        claim_document(self.storage, f"{info.folder}/{CLAIM_FILE}", {"info": info.to_json()}, remedy=remedy)
-        for path in (f"{info.folder}/{SET_FILE}", *damaged):
-            self.storage.delete(path)
-        self._publish_set(info, inputs)
+        # Another version of pyarrow writes other bytes, so set.<version>.json, which names them, is written anew with them;
+        # a creation that dies between is finished from the claim like any other.
+        self.claim_version(number, info)
+        paths = existing.version.input_paths()
+        whole = inputs_of_blocks(info, inputs, without_erased=info.lacks_the_erased(asked))
+        tables = {block: table for block, table in enumerate(whole) if block in damaged}
+        entries = dict(existing.version.inputs)
+        self.storage.delete(set_path(info.folder, number))
+        for block, table in tables.items():
+            self.storage.delete(f"{info.folder}/{paths[block]}")
+            place = f"{info.folder}/{paths[block]}"
+            entries[paths[block]] = publish_object(self.storage, place, encode_table(table), adopt=False)
+        publish_metadata(self.storage, self._arrays(info))
+        self.publish_version(number, info, entries)
         return self.open_set(info.name)
 
-    def _publish_metadata(self, info: SetInfo) -> None:
-        arrays = {
+    def _arrays(self, info: SetInfo) -> dict[str, ArrayLayout]:
+        return {
             f"{info.folder}/{info.array_path(member, array.name)}": info.array_layout(array)
             for member in info.members
             for array in info.arrays
         }
-        publish_metadata(self.storage, arrays)
 
-    def _publish_set(self, info: SetInfo, inputs: Iterable[pa.Table]) -> None:
-        """Publish all that its creator makes of a set, keeping what another creator published under the same claim."""
+    def _publish_inputs(
+        self, info: SetInfo, number: int, inputs: Iterable[pa.Table], *, first_block: int = 0
+    ) -> dict[str, ObjectEntry]:
+        """Publish the inputs of blocks and the metadata of the arrays, keeping what another maker of this version wrote."""
         entries = {}
-        for block, table in enumerate(_cut_at_blocks(info, inputs)):
-            path = part_path("inputs", block)
-            # A sound one of another creator is kept: the data hash, which the claim holds, says that it is the same.
-            entries[path] = asdict(publish_object(self.storage, f"{info.folder}/{path}", encode_table(table)))
-        self._publish_metadata(info)
-        document = {"info": info.to_json(), "inputs": entries}
-        # Last: a set without this document was not finished, and nobody reads it.
-        self.storage.publish(f"{info.folder}/{SET_FILE}", encode_document(document).parts)
-
-
-def _cut_at_blocks(info: SetInfo, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Cut tables of consecutive rows at the blocks of a set, of which the claim, not the giver of the tables, decides."""
-    rows = deque(stop - start for start, stop in map(info.block_range, range(info.num_blocks)))
-    left, given = None, 0
-    for table in tables:
-        given += table.num_rows
-        left = table if left is None else pa.concat_tables([left, table])
-        while rows and left.num_rows >= rows[0]:
-            yield left.slice(0, rows[0]).combine_chunks()
-            left = left.slice(rows.popleft())
-    if given != info.rows:
-        raise DataError(f"feature set {info.name}: has {info.rows} rows; its input tables have {given}.")
+        for block, table in enumerate(inputs_of_blocks(info, inputs, first_block=first_block), first_block):
+            path = inputs_path(block, number)
+            # A sound one of another maker is kept: the data hash, which the claim holds, says that it is the same.
+            entries[path] = publish_object(self.storage, f"{info.folder}/{path}", encode_table(table))
+        publish_metadata(self.storage, self._arrays(info))
+        return entries

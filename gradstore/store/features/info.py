@@ -8,9 +8,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 from gradstore.errors import SpecError
+from gradstore.store.blocks import ObjectEntry
 from gradstore.store.codecs import plain
 from gradstore.store.contract import require_equal
-from gradstore.store.layout import LONE_MEMBER, ArrayLayout, RowBlocks, check_name, group_array, set_folder
+from gradstore.store.layout import (
+    LONE_MEMBER,
+    SET_FOLDERS,
+    ArrayLayout,
+    RowBlocks,
+    check_name,
+    group_array,
+    set_folder,
+)
 
 RESTORE: Final = "Restore the data and settings that it was made with, or choose another run.store."
 
@@ -73,18 +82,20 @@ class FeatureArray:
 class SetInfo(RowBlocks):
     """A feature set: the features of one data split.
 
-    ``rows``, ``arrays`` (but for their scales), ``members`` and ``data_hash`` say what the set is and are compared when it
-    is created again. ``block_rows``, ``dtype``, the scales and ``recorded`` say how it was made; they are fixed by the
-    first creation and never compared.
+    The number of examples, ``arrays`` (but for their scales), ``members`` and ``data_hash`` say what the set is and are
+    compared when it is created again. ``block_rows``, ``dtype``, the scales and ``recorded`` say how it was made; they are
+    fixed by the first creation and never compared.
 
     Attributes
     ----------
     name
         Name of the set: train, learn, eval.
     rows
-        Number of examples.
+        Length of its arrays: examples and gaps.
     block_rows
         Rows of a block, the last of which may be shorter.
+    gaps
+        Rows that belong to no example, as in `RowBlocks`.
     dtype
         Stored type of the features.
     arrays
@@ -95,6 +106,10 @@ class SetInfo(RowBlocks):
         Models or checkpoints whose features the set holds, each under its name; a lone one is m0.
     recorded
         Token budget, precision, compute threads and the like.
+    erased
+        Rows whose example was erased, ascending.
+    remaining_hash
+        Where rows are erased, the hash of the examples that are left: data without the erased ones is the set's too.
 
     Raises
     ------
@@ -108,6 +123,8 @@ class SetInfo(RowBlocks):
     data_hash: str
     members: tuple[str, ...] = (LONE_MEMBER,)
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    erased: tuple[int, ...] = ()
+    remaining_hash: str | None = None
 
     def __post_init__(self) -> None:
         check_name("feature set", self.name)
@@ -122,6 +139,8 @@ class SetInfo(RowBlocks):
             raise SpecError(f"{where}: members: found {self.members}; accepted: one name or more, each of its own.")
         for member in self.members:
             check_name("member", member)
+            if member in SET_FOLDERS:
+                raise SpecError(f"{where}: members: found {member!r}, which is another folder's name. Choose another.")
         if len({array.name for array in self.arrays}) < len(self.arrays):
             raise SpecError(f"{where}: two arrays have one name; each parameter group needs its own.")
         for array in self.arrays:
@@ -155,6 +174,17 @@ class SetInfo(RowBlocks):
             attributes=attributes,
         )
 
+    def erased_in(self, block: int) -> list[int]:
+        """Erased rows of a block, counted from its first."""
+        start, stop = self.block_range(block)
+        return [row - start for row in self.erased if start <= row < stop]
+
+    def appended(self, examples: int, hash_of_data: str, remaining_hash: str | None) -> SetInfo:
+        """Return the set with more examples, from the next multiple of ``block_rows`` on, and its hashes with them."""
+        first = self.num_blocks * self.block_rows
+        gaps = self.gaps if first == self.rows else (*self.gaps, (self.rows, first))
+        return replace(self, rows=first + examples, gaps=gaps, data_hash=hash_of_data, remaining_hash=remaining_hash)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads."""
         value: dict[str, Any] = plain(asdict(self))
@@ -163,18 +193,31 @@ class SetInfo(RowBlocks):
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SetInfo:
         """Return the set that `to_json` described."""
-        arrays = tuple(_array_from_json(array) for array in value["arrays"])
-        return cls(**{**value, "arrays": arrays, "members": tuple(value["members"])})
+        own = {
+            "arrays": tuple(_array_from_json(array) for array in value["arrays"]),
+            "members": tuple(value["members"]),
+            "gaps": tuple((start, stop) for start, stop in value["gaps"]),
+            "erased": tuple(value["erased"]),
+        }
+        return cls(**{**value, **own})
+
+    def lacks_the_erased(self, asked: SetInfo) -> bool:
+        """Whether a set that is asked for is of the examples that are left when the erased ones are."""
+        left = self.num_examples - len(self.erased)
+        return bool(self.erased) and (asked.num_examples, asked.data_hash) == (left, self.remaining_hash)
 
     def require_same(self, asked: SetInfo, where: str, *, remedy: str = RESTORE) -> None:
-        """Compare what the set is with what is asked for.
+        """Compare what the set is with what is asked for: its examples with or without those that were erased.
 
         Raises
         ------
         ContractError
             With one line for each field that differs.
         """
-        require_equal(where, _identity(self), _identity(asked), remedy=remedy)
+        wanted = _identity(asked)
+        if self.lacks_the_erased(asked):
+            wanted |= {"examples": self.num_examples, "data_hash": self.data_hash}
+        require_equal(where, _identity(self), wanted, remedy=remedy)
 
 
 def _array_from_json(value: Mapping[str, Any]) -> FeatureArray:
@@ -185,7 +228,13 @@ def _array_from_json(value: Mapping[str, Any]) -> FeatureArray:
 def _identity(info: SetInfo) -> dict[str, Any]:
     arrays = {array.name: asdict(replace(array, scale=1.0)) for array in info.arrays}
     order = [array.name for array in info.arrays]
-    value = {"rows": info.rows, "data_hash": info.data_hash, "members": info.members, "arrays": arrays, "order": order}
+    value = {
+        "examples": info.num_examples,
+        "data_hash": info.data_hash,
+        "members": info.members,
+        "arrays": arrays,
+        "order": order,
+    }
     return dict(plain(value))
 
 
@@ -201,3 +250,26 @@ class Snapshot:
         """Plain values, to be kept among the settings of what is made from the set."""
         value: dict[str, Any] = plain(asdict(self))
         return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetVersion:
+    """One version of a feature set: as it was created, or as an append or an erasure made it.
+
+    Attributes
+    ----------
+    number
+        0 as created, one more with each append or erasure; the highest counts.
+    info
+        What the set is in it.
+    inputs
+        What the creator wrote of its inputs, by their paths in the set.
+    """
+
+    number: int
+    info: SetInfo
+    inputs: Mapping[str, ObjectEntry]
+
+    def input_paths(self) -> dict[int, str]:
+        """Path, in the set, of the inputs of every block."""
+        return {int(path.partition("/")[2].partition(".")[0]): path for path in self.inputs}
