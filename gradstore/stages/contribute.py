@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import full_rows, full_width, inner_products, is_factored
 from gradstore.store.artifacts import ContributionArtifact, ContributionShape, KernelArtifact, QueryArtifact
-from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore
+from gradstore.store.features import BlockReader, FeatureArray, FeatureSet, FeatureStore, Piece
 
 QUERY_SETS = ("learn", "eval")
 # Bytes of train features that a task holds at once: groups are read in bundles of about this size.
@@ -59,17 +61,12 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
 
 def _settings(spec: RunSpec, store: FeatureStore, name: str, members: Sequence[str]) -> dict[str, Any]:
     """What queries and contributions are made from: the kernel with its damping, and the sets as they are now."""
-
-    def made_from(set_name: str, whose: Sequence[str]) -> dict[str, Any]:
-        sets = [store.open_set(set_name, member) for member in whose]
-        return {"data": sets[0].info.data_hash, "members": [item.snapshot().to_json() for item in sets]}
-
     mean = spec.kernel.members == "mean"
     return {
         "kernel": {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))},  # type: ignore[call-overload]
         "kernel_of": spec.kernel.members,
-        "train": made_from("train", store.open_set("train").info.members if mean else members),
-        "queries_from": made_from(name, members),
+        "train": store.describe("train", None if mean else members),
+        "queries_from": store.describe(name, members),
     }
 
 
@@ -221,28 +218,29 @@ def contribute_span(store_url: str, kernel: str, etas: Mapping[str, float], bloc
     store = FeatureStore.open(store_url)
     artifacts = {name: ContributionArtifact.open(store.storage, kernel, name) for name in QUERY_SETS}
     missing = {name: set(artifact.missing_blocks()) for name, artifact in artifacts.items()}
-    trains = {member: store.open_set("train", member) for member in etas}
+    train = store.open_set("train")
+    trains = {member: train.of_member(member) for member in etas}
     places = [(name, member) for name in QUERY_SETS for member in etas]
     queries = _queries(store_url, kernel, tuple((*place, _attempt(store, kernel, place)) for place in places))
-    info = store.open_set("train").info
-    spectra = _has_spectra(store, kernel, places[0])
+    info, spectra = train.info, _has_spectra(store, kernel, places[0])
+    widths = {array.name: full_width(array) for array in info.arrays}
+    reader = BlockReader(list(trains.values()), _bundles(widths, info.block_rows))
     total = 0
-    for block in blocks:
-        start, stop = info.block_range(block)
-        lacking = {name: artifact for name, artifact in artifacts.items() if block in missing[name]}
-        built = {
-            name: np.zeros((artifact.shape.queries, stop - start, len(info.arrays)), np.float32)
-            for name, artifact in lacking.items()
-        }
-        for member, train in trains.items():
-            factor_N1 = np.full((stop - start, 1), etas[member], np.float32)
-            if store.contract["model"]["output"] == MARGIN:
-                factor_N1 *= _margin_factor(train, block)
-            of_member = {name: queries[name, member] for name in lacking}
-            _add_block(built, train, block, of_member, factor_N1, spectra=spectra)
-        for name, artifact in lacking.items():
-            artifact.write_block(block, built[name], facts={"rows": stop - start})
-        total += stop - start
+    with closing(reader.read(blocks)) as stream:
+        for block, pieces in groupby(stream, key=lambda piece: piece.block):
+            lacking = {name: artifact for name, artifact in artifacts.items() if block in missing[name]}
+            start, stop = info.block_range(block)
+            built = {
+                name: np.zeros((artifact.shape.queries, stop - start, len(info.arrays)), np.float32)
+                for name, artifact in lacking.items()
+            }
+            factors_N1 = {member: _factor(store, trains[member], block, eta) for member, eta in etas.items()}
+            for piece in pieces:
+                of_member = {name: queries[name, piece.member] for name in lacking}
+                _add_piece(built, info.arrays, piece, of_member, factors_N1[piece.member], spectra=spectra)
+            for name, artifact in lacking.items():
+                artifact.write_block(block, built[name], facts={"rows": stop - start})
+            total += stop - start
     return total
 
 
@@ -263,44 +261,48 @@ def _queries(
     }
 
 
-def _margin_factor(train: FeatureSet, block: int) -> np.ndarray:
-    """1 - p_n of a block's rows, [n, 1]: what turns a margin's gradient into minus that of the loss."""
-    p_N: np.ndarray = train.read_examples(["p"], block=block)["p"].to_numpy()
-    return (1 - p_N).astype(np.float32)[:, None]
+def _factor(store: FeatureStore, train: FeatureSet, block: int, eta: float) -> np.ndarray:
+    """What a member's C of a block counts, [n, 1]: eta, times 1 - p_n where features are those of a margin.
+
+    1 - p_n turns a margin's gradient into minus that of the loss.
+    """
+    start, stop = train.info.block_range(block)
+    factor_N1 = np.full((stop - start, 1), eta, np.float32)
+    if store.contract["model"]["output"] == MARGIN:
+        p_N: np.ndarray = train.read_examples(["p"], block=block)["p"].to_numpy()
+        factor_N1 *= (1 - p_N).astype(np.float32)[:, None]
+    return factor_N1
 
 
-def _add_block(
+def _add_piece(
     built: Mapping[str, np.ndarray],
-    train: FeatureSet,
-    block: int,
+    arrays: Sequence[FeatureArray],
+    piece: Piece,
     queries: Mapping[str, Mapping[str, np.ndarray]],
     factor_N1: np.ndarray,
     *,
     spectra: bool,
 ) -> None:
-    """Add a member's C, times a factor of every row, for one block of rows to C [Q, n, M] of every query set.
+    """Add the C of a piece, times a factor of every row, to C [Q, n, M] of every query set.
 
     Rank-c factors are multiplied out where queries are preconditioned, since those have no factors any more.
     """
     from gradstore.numerics.contributions import contributions
 
-    arrays = {array.name: array for array in train.info.arrays}
-    widths = {name: full_width(array) for name, array in arrays.items()}
-    first = 0
-    for bundle in _bundles(widths, train.info.block_rows):
-        rows = train.read_block(block, bundle)
-        if spectra:
-            rows = {name: full_rows(arrays[name], values) for name, values in rows.items()}
-        last = first + len(bundle)
-        for name, preconditioned in queries.items():
-            if spectra or not any(is_factored(arrays[group]) for group in bundle):
-                c_QNM = contributions(preconditioned, rows, bundle)
-            else:
-                c_QNM = np.stack(
-                    [inner_products(arrays[group], preconditioned[group], rows[group]) for group in bundle], 2
-                )
-            built[name][:, :, first:last] += factor_N1 * c_QNM
-        first = last
+    groups = list(piece.rows)
+    first = next(index for index, array in enumerate(arrays) if array.name == groups[0])
+    last = first + len(groups)
+    of_groups = dict(zip(groups, arrays[first:last], strict=True))
+    rows: Mapping[str, np.ndarray] = piece.rows
+    if spectra:
+        rows = {name: full_rows(of_groups[name], values) for name, values in rows.items()}
+    for name, preconditioned in queries.items():
+        if spectra or not any(map(is_factored, of_groups.values())):
+            c_QNM = contributions(preconditioned, rows, groups)
+        else:
+            products = [inner_products(array, preconditioned[group], rows[group]) for group, array in of_groups.items()]
+            c_QNM = np.stack(products, 2)
+        built[name][:, :, first:last] += factor_N1 * c_QNM
 
 
 def _bundles(widths: Mapping[str, int], block_rows: int) -> list[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradstore.store.artifacts import ScoresArtifact, list_artifacts
+from gradstore.store.artifacts import ScoresArtifact, list_artifacts, stale_blocks
 from gradstore.store.features import FeatureStore
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ def status(store_url: str) -> dict[str, Any]:
         "store": store.storage.url,
         "name": store.run["run"]["name"],
         "feature_sets": [_feature_set(store, name) for name in store.set_names()],
-        "kernels": [_progress(artifact) for artifact in artifacts if artifact.kind == "kernel"],
-        "queries": [_progress(artifact) for artifact in artifacts if artifact.kind == "queries"],
-        "contributions": [_contributions(artifact) for artifact in artifacts if artifact.kind == "contributions"],
-        "weights": [_weights(artifact) for artifact in artifacts if artifact.kind == "weights"],
+        "kernels": [_progress(store, artifact) for artifact in artifacts if artifact.kind == "kernel"],
+        "queries": [_progress(store, artifact) for artifact in artifacts if artifact.kind == "queries"],
+        "contributions": [
+            _contributions(store, artifact) for artifact in artifacts if artifact.kind == "contributions"
+        ],
+        "weights": [_weights(store, artifact) for artifact in artifacts if artifact.kind == "weights"],
         "scores": [ranking for ranking in rankings if ranking["kernel"] is not None],
         "baselines": [
             {key: value for key, value in ranking.items() if key not in ("kernel", "weights")}
@@ -59,15 +61,20 @@ def _feature_set(store: FeatureStore, name: str) -> dict[str, Any]:
     }
 
 
-def _progress(artifact: ArtifactStatus) -> dict[str, Any]:
-    return {"name": artifact.name, "committed": artifact.committed, "total": artifact.total}
+def _progress(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
+    return {
+        "name": artifact.name,
+        "committed": artifact.committed,
+        "total": artifact.total,
+        "stale": stale_blocks(store, artifact.settings),
+    }
 
 
-def _contributions(artifact: ArtifactStatus) -> dict[str, Any]:
+def _contributions(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
     kernel, _, queries = artifact.name.partition("/")
     shape = artifact.settings["shape"]
     return {
-        **_progress(artifact),
+        **_progress(store, artifact),
         "kernel": kernel,
         "kernel_settings": artifact.settings["kernel"],
         "set": queries,
@@ -75,9 +82,9 @@ def _contributions(artifact: ArtifactStatus) -> dict[str, Any]:
     }
 
 
-def _weights(artifact: ArtifactStatus) -> dict[str, Any]:
+def _weights(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
     return {
-        **_progress(artifact),
+        **_progress(store, artifact),
         "kernel": artifact.settings["kernel"],
         "learner": artifact.settings["learner"],
     }
@@ -102,6 +109,7 @@ def _ranking(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
         "tail_patch": None if patch is None else {key: patch[key] for key in kept},
         "committed": artifact.committed,
         "total": artifact.total,
+        "stale": stale_blocks(store, artifact.settings),
     }
 
 
@@ -121,7 +129,8 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
         )
     for kind, unit in (("kernels", "bundles"), ("contributions", "blocks"), ("weights", ""), ("scores", "")):
         for row in found[kind]:
-            parts.add_row(f"{kind}/{row['name']}", str(row["committed"]), str(row["total"]), unit)
+            what = f"{unit}; stale, see `gradstore prune`" if row["stale"] else unit
+            parts.add_row(f"{kind}/{row['name']}", str(row["committed"]), str(row["total"]), what)
     figures = Table("ranking", title="rankings of the eval queries", title_justify="left")
     for column in ("precision@10", "tail-patch %"):
         figures.add_column(column, justify="right")

@@ -109,14 +109,21 @@ def test_other_settings_are_refused_field_by_field(storage: Storage) -> None:
 @pytest.mark.parametrize(
     ("kind", "way_out"),
     [
-        ("kernel", "delete URL/kernels/a/m0 and run `gradstore kernel` again, or choose another run.store."),
-        ("queries", "choose another kernel.name (and learn.name)."),
-        ("contributions", "choose another kernel.name (and learn.name)."),
-        ("weights", "choose another learn.name."),
-        ("scores", "delete URL/scores/a: `gradstore score` makes it again in minutes."),
+        ("kernel", "choose another run.store, or run `gradstore prune URL kernels/a/m0`: `gradstore kernel`"),
+        (
+            "queries",
+            "choose another kernel.name (and learn.name), or run `gradstore prune URL queries/a/b/m0`: `gradstore contribute`",
+        ),
+        (
+            "contributions",
+            "choose another kernel.name (and learn.name), or run `gradstore prune URL contributions/a/b`: "
+            "`gradstore contribute`",
+        ),
+        ("weights", "choose another learn.name, or run `gradstore prune URL weights/a`: `gradstore learn`"),
+        ("scores", "or run `gradstore prune URL scores/a`: `gradstore score`"),
     ],
 )
-def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_deleting_it(
+def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_pruning_it(
     storage: Storage, kind: str, way_out: str
 ) -> None:
     def create(settings: dict[str, Any]) -> None:
@@ -133,7 +140,8 @@ def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_delet
     create({"k": 1})
     with pytest.raises(ContractError) as caught:
         create({"k": 2})
-    assert str(caught.value).endswith(f"\nRestore these settings, or {way_out.replace('URL', storage.url)}")
+    way_out = way_out.replace("URL", storage.url)
+    assert str(caught.value).endswith(f"\nRestore these settings, {way_out} then makes it anew.")
 
 
 def test_a_damaged_object_of_an_artifact_is_named_and_made_anew_once_its_unit_is_taken_back(storage: Storage) -> None:

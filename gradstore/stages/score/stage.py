@@ -99,8 +99,8 @@ def _create(spec: RunSpec, store: FeatureStore, contributions: Contributions, me
         "method": method.name,
         "k": spec.score.k,
         "tail_patch": spec.score.tail_patch.model_dump(),
-        "train": store.open_set("train").info.data_hash,
-        "eval": store.open_set("eval").info.data_hash,
+        "train": store.describe("train"),
+        "eval": store.describe("eval"),
     }
     if method.kernel is not None:
         settings["contributions"] = dict(contributions.artifact.settings)
@@ -152,8 +152,8 @@ def _rank_tile(
     shape = contributions.artifact.shape
     size, groups = queries[1] - queries[0], len(shape.groups)
     rankings = {method: Ranking(num_queries=size, num_groups=groups, k=keep) for method in vectors}
-    buffer = np.empty((size, shape.block_rows, groups), np.float32)
-    for rows_N, c_QNM in contributions.read_blocks(*queries, buffer):
+    buffers = [np.empty((size, shape.block_rows, groups), np.float32) for _ in range(2)]
+    for rows_N, c_QNM in contributions.read_blocks(*queries, buffers):
         for method, ranking in rankings.items():
             ranking.update(c_QNM, vectors[method], rows_N)
         advance(len(rows_N))

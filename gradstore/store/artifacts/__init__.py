@@ -1,10 +1,11 @@
 """Artifacts: what stages make from features, each with its settings and the commit records of its units."""
 
-from gradstore.store.artifacts.artifact import ArtifactStatus, list_artifacts
+from gradstore.store.artifacts.artifact import ArtifactStatus, list_artifacts, remove_artifact
 from gradstore.store.artifacts.contributions import ContributionArtifact, ContributionShape
 from gradstore.store.artifacts.kernel import KernelArtifact
 from gradstore.store.artifacts.matrices import MatricesArtifact
 from gradstore.store.artifacts.queries import QueryArtifact
+from gradstore.store.artifacts.staleness import stale_blocks
 from gradstore.store.artifacts.tables import ScoresArtifact, WeightsArtifact
 
 __all__ = [
@@ -17,4 +18,6 @@ __all__ = [
     "ScoresArtifact",
     "WeightsArtifact",
     "list_artifacts",
+    "remove_artifact",
+    "stale_blocks",
 ]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.errors import NotReadyError
+from gradstore.errors import ContractError, NotReadyError
+from gradstore.store.artifacts.staleness import changed_blocks, snapshots_in
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import (
     Buffers,
@@ -43,14 +44,14 @@ VERBS: Final = {
     "weights": "learn",
     "scores": "score",
 }
-# How a run gets its settings where an artifact of other settings is in the way; FOLDER stands for that artifact's.
+# How a run gets its settings where an artifact of other settings is in the way.
 _WAYS_OUT: Final = {
-    "projection": "delete FOLDER and run `gradstore featurize` again.",
-    "kernel": "delete FOLDER and run `gradstore kernel` again, or choose another run.store.",
-    "queries": "choose another kernel.name (and learn.name).",
-    "contributions": "choose another kernel.name (and learn.name).",
-    "weights": "choose another learn.name.",
-    "scores": "delete FOLDER: `gradstore score` makes it again in minutes.",
+    "projection": "",
+    "kernel": "choose another run.store, ",
+    "queries": "choose another kernel.name (and learn.name), ",
+    "contributions": "choose another kernel.name (and learn.name), ",
+    "weights": "choose another learn.name, ",
+    "scores": "",
 }
 
 
@@ -85,6 +86,11 @@ class ArtifactStatus:
     committed: int
     total: int
     settings: Mapping[str, Any]
+
+    @property
+    def path(self) -> str:
+        """Its folder in the store."""
+        return f"{FOLDERS[self.kind][0]}/{self.name}"
 
 
 class Artifact:
@@ -140,7 +146,9 @@ class Artifact:
             remedy=_make_anew(storage, cls.kind, folder),
         )
         existing = cls._open(storage, names)
-        remedy = f"Restore these settings, or {_WAYS_OUT[cls.kind]}".replace("FOLDER", f"{storage.url}/{folder}")
+        _refuse_stale(f"{storage.url}/{folder}", storage.url, existing.settings, info.settings)
+        prune = f"run `gradstore prune {storage.url} {folder}`: `gradstore {VERBS[cls.kind]}` then makes it anew."
+        remedy = f"Restore these settings, {_WAYS_OUT[cls.kind]}or {prune}"
         require_equal(f"The artifact {storage.url}/{folder}", existing.settings, info.settings, remedy=remedy)
         return existing
 
@@ -193,7 +201,7 @@ class Artifact:
     def _read_chunk(self, unit: int, array: str, layout: ArrayLayout) -> npt.NDArray[Any]:
         """Values of the only chunk of an array, in memory of their own."""
         path = chunk_path(array, *(0 for _ in layout.shape))
-        buffer = np.empty(layout.chunk_bytes, np.uint8)
+        buffer = np.empty(layout.buffer_bytes, np.uint8)
         return self._read_into(self._record(unit), path, layout, buffer)
 
     def _read_into(
@@ -219,6 +227,40 @@ def list_artifacts(storage: Storage) -> list[ArtifactStatus]:
                     )
                 )
     return found
+
+
+def remove_artifact(storage: Storage, path: str) -> int:
+    """Remove an artifact and all of its objects; return how many. If it dies, removing again goes on.
+
+    Its commit records go first, so that nothing trusts what is left, and its settings last, so that nobody makes another
+    in its place before.
+    """
+    objects = sorted(info.path for info in storage.list_objects(path))
+    records = [found for found in objects if found.startswith(f"{path}/commits/")]
+    settings = f"{path}/{ARTIFACT_FILE}"
+    rest = [found for found in objects if found not in records and found != settings]
+    for batch in (records, rest, [settings]):
+        in_parallel(storage.delete, batch, threads=storage.concurrency)
+    return len(objects)
+
+
+def _refuse_stale(where: str, store: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Tell of sets that have changed since an artifact was made, which is no matter of settings.
+
+    Raises
+    ------
+    ContractError
+        Naming the blocks.
+    """
+    now = dict(snapshots_in(asked))
+    for place, made_from in snapshots_in(stored):
+        changed = changed_blocks(made_from, now.get(place, made_from))
+        if changed:
+            shown = ", ".join(map(str, changed[:5])) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+            raise ContractError(
+                f"{where}: is stale: blocks {shown} of {place} were appended, erased or repaired since it was made. Run "
+                f"`gradstore prune {store} --stale`, which removes what is stale, then the same command again."
+            )
 
 
 def _names_below(storage: Storage, folder: str, depth: int) -> list[str]:

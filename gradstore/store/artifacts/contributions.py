@@ -14,8 +14,9 @@ from gradstore.errors import DataError
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import in_parallel
-from gradstore.store.codecs import Payload, Rounding, encode_chunk, from_half, to_half
+from gradstore.store.codecs import Payload, encode_chunk
 from gradstore.store.commits import Record
+from gradstore.store.dtypes import DTYPES, Rounding
 from gradstore.store.layout import ArrayLayout, RowBlocks, chunk_path
 
 # In a folder of their own, which then holds nothing but arrays: xarray opens it without a warning.
@@ -210,12 +211,11 @@ class ContributionArtifact(Artifact):
     def _encode_tile(self, contributions: npt.NDArray[np.float32], tile: int) -> tuple[Payload, Rounding]:
         first = tile * self.shape.query_tile
         values = contributions[first : first + self.shape.query_tile]
-        if self.shape.dtype == "float32":
-            return encode_chunk(values, self.shape.layout()), Rounding()
-        halves, rounding = np.empty(values.shape, np.float16), Rounding()
+        dtype, rounding = DTYPES[self.shape.dtype], Rounding()
+        stored = np.empty(values.shape, dtype.numpy_dtype)
         for index, scale in enumerate(self.scales[first : first + len(values)]):
-            rounding += to_half(values[index], float(scale), halves[index])
-        return encode_chunk(halves, self.shape.layout()), rounding
+            rounding += dtype.encode(values[index], float(scale), stored[index])
+        return encode_chunk(stored, self.shape.layout()), rounding
 
     def _read_tile(self, record: Record, tile: int, query_start: int, out: npt.NDArray[np.float32]) -> None:
         layout = self.shape.layout()
@@ -223,14 +223,11 @@ class ContributionArtifact(Artifact):
         first = tile * self.shape.query_tile
         begin = max(first, query_start)
         end = min(first + self.shape.query_tile, query_start + len(out), self.shape.queries)
-        with self._buffers.borrow(layout.chunk_bytes) as buffer:
+        with self._buffers.borrow(layout.buffer_bytes) as buffer:
             stored = self._read_into(record, path, layout, buffer)
             for query in range(begin, end):
                 source, target = stored[query - first, : out.shape[1]], out[query - query_start]
-                if self.shape.dtype == "float32":
-                    np.copyto(target, source)
-                else:
-                    from_half(source, float(self.scales[query]), target)
+                DTYPES[self.shape.dtype].decode(source, float(self.scales[query]), target)
 
 
 def _scale_layout(queries: int) -> ArrayLayout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -196,6 +196,18 @@ class FeatureStore:
         self.publish_version(number, claimed, {**existing.version.inputs, **entries})
         return self.open_set(name)
 
+    def describe(self, name: str, members: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return what an artifact keeps of a set that it is made from: its data hash, and snapshots of its members.
+
+        Raises
+        ------
+        NotReadyError
+            If a block is not committed.
+        """
+        info = self.open_set(name).info
+        sets = [self.open_set(name, member) for member in members or info.members]
+        return {"data": info.data_hash, "members": [item.snapshot().to_json() for item in sets]}
+
     def find_set(self, name: str) -> FeatureSet | None:
         """Open a feature set as its first member has it, or return None if the store has none of that name."""
         folder, number = set_folder(check_name("feature set", name)), 0
@@ -247,9 +259,9 @@ class FeatureStore:
 
     def _arrays(self, info: SetInfo) -> dict[str, ArrayLayout]:
         return {
-            f"{info.folder}/{info.array_path(member, array.name)}": info.array_layout(array)
+            f"{info.folder}/{path}": layout
             for member in info.members
-            for array in info.arrays
+            for path, layout in info.layouts(member).items()
         }
 
     def _publish_inputs(

@@ -1,15 +1,16 @@
-"""The command line: parse, call one stage, print. Nothing heavy is imported before a command runs."""
+"""Commands that take a run.toml: from its plan to its report."""
 
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstore.errors import GradstoreError, StoppedError
+from gradstore.cli.application import Json, Quiet, Run, app, draw
+from gradstore.errors import StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,44 +21,9 @@ if TYPE_CHECKING:
 
     Stage = Callable[[RunSpec, Engine, Progress], None]
 
-app = typer.Typer(
-    help="Training-data attribution from an out-of-core store of per-example gradient features.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's file; `gradstore init` writes one.")]
-Store = Annotated[str, typer.Argument(metavar="STORE", help="A directory or s3://bucket/prefix.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
-
-
-def main() -> None:
-    """Run the command line; gradstore's own errors become one message and an exit code, never a traceback."""
-    try:
-        app()
-    except GradstoreError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
-
-
-def _version(show: bool) -> None:
-    if show:
-        from gradstore import __version__
-
-        typer.echo(f"gradstore {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Training-data attribution from an out-of-core store of per-example gradient features."""
+Append = Annotated[
+    bool, typer.Option("--append", help="Append to a set the examples that its data has beyond the stored ones.")
+]
 
 
 @app.command()
@@ -82,7 +48,7 @@ def plan(run: Run, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(made.to_json()))
     else:
-        _print(render_plan(made))
+        draw(render_plan(made))
 
 
 @app.command()
@@ -100,16 +66,16 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:
-        _print(render_diagnosis(found))
+        draw(render_diagnosis(found))
     found.refuse_failed()
 
 
 @app.command()
-def featurize(run: Run, quiet: Quiet = False) -> None:
+def featurize(run: Run, append: Append = False, quiet: Quiet = False) -> None:
     """Stream the gradient features of every split into the store."""
     from gradstore.stages.featurize import featurize as stage
 
-    _run_stages(run, quiet, stage)
+    _run_stages(run, quiet, partial(stage, append=append))
 
 
 @app.command()
@@ -144,47 +110,17 @@ def score(run: Run, quiet: Quiet = False) -> None:
     _run_stages(run, quiet, stage)
 
 
-@app.command()
-def report(
-    store: Store,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page to write; STORE/report.html for a directory.")
-    ] = None,
-    kernel: Annotated[
-        str | None, typer.Option("--kernel", help="Which kernel's rankings, where a store has several.")
-    ] = None,
-) -> None:
-    """Print the tables of a finished run and write its page, one HTML file that needs no network."""
-    from gradstore.stages.report import report as stage
-
-    tables, page = stage(store, output, kernel)
-    _print(*tables)
-    typer.echo(f"report: {page}")
-
-
 @app.command("run")
-def run_all(run: Run, quiet: Quiet = False) -> None:
+def run_all(run: Run, append: Append = False, quiet: Quiet = False) -> None:
     """Do the whole path, featurize to report; what is already done is kept."""
     from gradstore.stages.report import report as page_stage
     from gradstore.stages.run import STAGES
 
-    spec = _run_stages(run, quiet, *STAGES)
+    featurize_stage, *others = STAGES
+    spec = _run_stages(run, quiet, partial(featurize_stage, append=append), *others)
     tables, page = page_stage(spec.run.store, None, spec.kernel.name)
-    _print(*tables)
+    draw(*tables)
     typer.echo(f"report: {page}")
-
-
-@app.command()
-def status(store: Store, as_json: Json = False) -> None:
-    """List what a store holds and how far each part is."""
-    from gradstore.stages.status import render_status
-    from gradstore.stages.status import status as stage
-
-    found = stage(store)
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        _print(render_status(found))
 
 
 def _run_stages(path: Path, quiet: bool, *stages: Stage) -> RunSpec:
@@ -202,11 +138,3 @@ def _run_stages(path: Path, quiet: bool, *stages: Stage) -> RunSpec:
     except KeyboardInterrupt:
         raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
     return spec
-
-
-def _print(*renderables: object) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for renderable in renderables:
-        console.print(renderable)

@@ -1,0 +1,24 @@
+"""The command line: parse, call one stage, print. Nothing heavy is imported before a command runs.
+
+runs    commands that take a run.toml
+stores  commands that take a store
+"""
+
+from __future__ import annotations
+
+import sys
+
+from gradstore.cli import runs, stores
+from gradstore.cli.application import app
+from gradstore.errors import GradstoreError
+
+__all__ = ["app", "main", "runs", "stores"]
+
+
+def main() -> None:
+    """Run the command line; gradstore's own errors become one message and an exit code, never a traceback."""
+    try:
+        app()
+    except GradstoreError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)

@@ -1,0 +1,48 @@
+"""The application: its options and what every command shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Training-data attribution from an out-of-core store of per-example gradient features.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's file; `gradstore init` writes one.")]
+Store = Annotated[str, typer.Argument(metavar="STORE", help="A directory or s3://bucket/prefix.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+def draw(*renderables: object) -> None:
+    """Print tables and the like to the terminal."""
+    from rich.console import Console
+
+    console = Console()
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from gradstore import __version__
+
+        typer.echo(f"gradstore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Training-data attribution from an out-of-core store of per-example gradient features."""

@@ -1,0 +1,151 @@
+"""Commands that take a store: what it holds, whether it is whole, and what is done to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradstore.cli.application import DryRun, Json, Quiet, Store, app, draw
+from gradstore.errors import StoppedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@app.command()
+def report(
+    store: Store,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page to write; STORE/report.html for a directory.")
+    ] = None,
+    kernel: Annotated[
+        str | None, typer.Option("--kernel", help="Which kernel's rankings, where a store has several.")
+    ] = None,
+) -> None:
+    """Print the tables of a finished run and write its page, one HTML file that needs no network."""
+    from gradstore.stages.report import report as stage
+
+    tables, page = stage(store, output, kernel)
+    draw(*tables)
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def status(store: Store, as_json: Json = False) -> None:
+    """List what a store holds and how far each part is."""
+    from gradstore.stages.status import render_status
+    from gradstore.stages.status import status as stage
+
+    found = stage(store)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        draw(render_status(found))
+
+
+@app.command()
+def export(  # noqa: PLR0913 - typer takes a command's options from its parameters
+    store: Store,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .parquet, .npz or .safetensors.")],
+    *,
+    feature_set: Annotated[str, typer.Option("--set", help="The feature set.")] = "train",
+    member: Annotated[str | None, typer.Option("--member", help="Whose features; by default the first's.")] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", metavar="REGEX", help="Groups whose whole name matches; all by default.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option("--rows", metavar="A:B", help="Rows from A up to B; all by default.")
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option("--ids", metavar="FILE", help="Example ids, one a line, instead of rows.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write features of some groups and rows to one parquet, npz or safetensors file."""
+    from gradstore.stages.export import Selection
+    from gradstore.stages.export import export as stage
+    from gradstore.stages.progress import Progress
+
+    selection = Selection(feature_set=feature_set, member=member, groups=groups, rows=rows, ids=ids)
+    try:
+        found = stage(store, output, selection, force=force, progress=Progress(quiet=quiet))
+    except KeyboardInterrupt:
+        raise StoppedError(f"stopped. {output} was not written.") from None
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        size = f"{found['bytes']:,} bytes"
+        typer.echo(f"wrote {found['path']}: {found['rows']:,} rows, {found['groups']:,} groups, {size}")
+
+
+@app.command()
+def delete(  # noqa: PLR0913 - typer takes a command's options from its parameters
+    store: Store,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of examples.")] = None,
+    *,
+    ids_file: Annotated[
+        Path | None, typer.Option("--ids", metavar="FILE", help="More ids, one a line.", exists=True, dir_okay=False)
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where", metavar="COLUMN=PATTERN", help="What examples are, such as source=*forum*; all must hold."
+        ),
+    ] = None,
+    feature_set: Annotated[
+        list[str] | None, typer.Option("--set", help="The feature set to look in; by default all.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Erase them; without, only say what would be erased.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Erase examples for good: from features, tables and inputs. What is made from them is told as stale."""
+    from gradstore.stages.delete import Query
+    from gradstore.stages.delete import delete as stage
+    from gradstore.stages.progress import Progress
+
+    named = [line for line in ids_file.read_text(encoding="utf-8").splitlines() if line] if ids_file else []
+    query = Query.parse([*(ids or []), *named], where or [])
+    found = stage(store, query, feature_set or [], Progress(quiet=quiet), dry_run=not yes)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, rows in found["erased"].items():
+        typer.echo(f"features/{name}: {len(rows):,} examples {'erased' if yes else 'would be erased: add --yes'}")
+    for path, places in found["stale"].items():
+        typer.echo(f"{path}: stale: {_places(places)}. `gradstore prune {store} --stale` removes it.")
+
+
+@app.command()
+def prune(
+    store: Store,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH]...", help="Artifacts of the store, such as scores/block.learned."),
+    ] = None,
+    stale: Annotated[bool, typer.Option("--stale", help="All whose sets have changed since they were made.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artifacts (never features): those that are named, or stale. Their stage makes them anew."""
+    from gradstore.stages.prune import prune as stage
+
+    found = stage(store, paths or [], stale=stale, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for row in found["removed"]:
+        what = f"stale: {_places(row['stale'])}" if row["stale"] else "named"
+        typer.echo(f"{row['path']}: {'would be ' if dry_run else ''}removed ({what})")
+    if not found["removed"]:
+        typer.echo("nothing to remove")
+
+
+def _places(stale: Mapping[str, Sequence[int]]) -> str:
+    """Blocks of sets: ``blocks 8, 9 of train/m0``."""
+    return "; ".join(f"blocks {', '.join(map(str, blocks))} of {place}" for place, blocks in stale.items())

@@ -1,0 +1,55 @@
+"""prune: remove artifacts that are stale, or that are named; features stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gradstore.errors import SpecError
+from gradstore.store.artifacts import ArtifactStatus, list_artifacts, remove_artifact, stale_blocks
+from gradstore.store.features import FeatureStore
+
+
+def prune(store_url: str, paths: Sequence[str], *, stale: bool, dry_run: bool) -> dict[str, Any]:
+    """Remove artifacts; return them by path with their number of objects, 0 where it is only tried.
+
+    Parameters
+    ----------
+    store_url
+        The store.
+    paths
+        Paths of artifacts, as ``kernels/block/m0``, or of folders of them, as ``contributions/block``.
+    stale
+        Whether all that are stale go too.
+    dry_run
+        Whether nothing is removed.
+
+    Raises
+    ------
+    SpecError
+        If nothing is asked for, or a path is no artifact's.
+    """
+    if not paths and not stale:
+        raise SpecError("prune: found no path and no --stale. Name artifacts of the store, or add --stale.")
+    store = FeatureStore.open(store_url)
+    artifacts = list_artifacts(store.storage)
+    chosen: dict[str, ArtifactStatus] = {}
+    for path in paths:
+        named = [artifact for artifact in artifacts if f"{artifact.path}/".startswith(f"{path.rstrip('/')}/")]
+        if not named:
+            known = ", ".join(artifact.path for artifact in artifacts) or "none"
+            raise SpecError(f"{path}: is no artifact of {store.storage.url}; found: {known}.")
+        chosen |= {artifact.path: artifact for artifact in named}
+    if stale:
+        chosen |= {artifact.path: artifact for artifact in artifacts if stale_blocks(store, artifact.settings)}
+    return {
+        "store": store.storage.url,
+        "dry_run": dry_run,
+        "removed": [_remove(store, artifact, dry_run=dry_run) for _, artifact in sorted(chosen.items())],
+    }
+
+
+def _remove(store: FeatureStore, artifact: ArtifactStatus, *, dry_run: bool) -> dict[str, Any]:
+    stale = stale_blocks(store, artifact.settings)
+    objects = 0 if dry_run else remove_artifact(store.storage, artifact.path)
+    return {"path": artifact.path, "stale": stale, "objects": objects}

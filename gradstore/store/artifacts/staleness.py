@@ -1,0 +1,52 @@
+"""Staleness: an artifact holds snapshots of the sets that it was made from, and these tell what has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gradstore.errors import NotReadyError
+from gradstore.store.features import FeatureStore
+
+Generations = dict[int, int]
+
+
+def snapshots_in(settings: Any) -> Iterator[tuple[str, Generations]]:
+    """(set/member, generation of every block) of every snapshot among the settings of an artifact, however deep."""
+    if isinstance(settings, Mapping):
+        if {"feature_set", "member", "blocks"} <= set(settings):
+            yield f"{settings['feature_set']}/{settings['member']}", {int(b): int(g) for b, g in settings["blocks"]}
+        else:
+            for value in settings.values():
+                yield from snapshots_in(value)
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from snapshots_in(value)
+
+
+def changed_blocks(made_from: Generations, now: Generations) -> list[int]:
+    """Blocks that are in one snapshot only, or of another generation in the other."""
+    return sorted(block for block in {*made_from, *now} if made_from.get(block) != now.get(block))
+
+
+def stale_blocks(store: FeatureStore, settings: Mapping[str, Any]) -> dict[str, list[int]]:
+    """By set/member, the blocks that an artifact of these settings was not made from, or not as they are now.
+
+    Blocks were appended, erased or repaired since; empty for an artifact that is up to date.
+    """
+    found: dict[str, list[int]] = {}
+    for place, made_from in snapshots_in(settings):
+        changed = changed_blocks(made_from, _generations_now(store, place))
+        if changed:
+            found[place] = changed
+    return found
+
+
+def _generations_now(store: FeatureStore, place: str) -> Generations:
+    name, _, member = place.partition("/")
+    try:
+        opened = store.open_set(name, member)
+    except NotReadyError:
+        return {}
+    units = opened.log.committed_units()
+    return {block: generation for block, generation in units.items() if block < opened.info.num_blocks}
