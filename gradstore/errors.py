@@ -12,6 +12,7 @@
     │   └── SupersededError      what was being read or written was taken back meanwhile: run the same command again
     ├── TaskError           a task failed after its retries: run the same command again to resume
     ├── DoctorError         doctor found that the run's numbers would be wrong: mend what it names
+    ├── DamageError         the store is damaged, or a change of it was not finished: do what is said of each object
     └── StoppedError        the user stopped it: run the same command again to resume
 
 A message says what was found, where, and what to change. ``exit_code`` is what the command line returns.
@@ -86,6 +87,12 @@ class DoctorError(GradstoreError):
     """A check of `gradstore doctor` failed: what the run would compute cannot be trusted, or it would not end."""
 
     exit_code = 9
+
+
+class DamageError(GradstoreError):
+    """Something in a store is not as it was committed, or a change of it was begun and not finished."""
+
+    exit_code = 10
 
 
 class StoppedError(GradstoreError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,13 +10,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 BUCKET = "bench"
+# Serves the bucket as bench.s3.test too, to whom sends that as the host: no name server knows it.
+DOMAIN = "s3.test"
+
+OWNER = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest"}
+READER = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "readerreader"}
+"""Credentials that may read and list the bucket alone; so may the public."""
+
 STARTS_WITHIN_SECONDS = 60.0
+
+IDENTITIES = [
+    {
+        "name": name,
+        "credentials": [{"accessKey": keys["AWS_ACCESS_KEY_ID"], "secretKey": keys["AWS_SECRET_ACCESS_KEY"]}],
+        "actions": actions,
+    }
+    for name, keys, actions in (
+        ("owner", OWNER, ["Admin", "Read", "Write", "List", "Tagging"]),
+        ("reader", READER, [f"Read:{BUCKET}", f"List:{BUCKET}"]),
+    )
+] + [{"name": "anonymous", "actions": [f"Read:{BUCKET}", f"List:{BUCKET}"]}]
 
 # SeaweedFS puts the gRPC port of each of its servers this far above the HTTP port.
 GRPC_OFFSET = 10_000
@@ -35,14 +56,21 @@ class S3Server:
 
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real SeaweedFS on free ports of the loopback, ended with the session."""
-    folder = tmp_path_factory.mktemp("seaweed")
+    """A SeaweedFS that all tests share, ended with the session."""
+    with running_seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@contextmanager
+def running_seaweed(folder: Path) -> Iterator[S3Server]:
+    """Run a real SeaweedFS on free ports of the loopback, with what it stores in ``folder``."""
     ports = dict(zip(("s3", "master", "volume", "filer", "admin"), free_ports(5), strict=True))
-    credentials = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest"}
+    identities = folder / "identities.json"
+    identities.write_text(json.dumps({"identities": IDENTITIES}))
     server = S3Server(
         endpoint=f"http://127.0.0.1:{ports['s3']}",
         bucket=BUCKET,
-        env={**credentials, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_REGION": "us-east-1"},
+        env={**OWNER, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_REGION": "us-east-1"},
     )
     command = [
         str(Path(sys.executable).parent / "weed"),
@@ -54,6 +82,9 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         "-webdav=false",
         "-admin.ui=false",
         "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        f"-s3.config={identities}",
+        f"-s3.domainName={DOMAIN}",
         "-s3.autoCreateBucket=false",
         "-master.telemetry=false",
         *(f"-{name}.port={port}" for name, port in ports.items()),
@@ -65,7 +96,7 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={"PATH": os.environ["PATH"], **credentials},
+            env={"PATH": os.environ["PATH"]},
         )
     try:
         wait_until_it_answers(server, process, log)

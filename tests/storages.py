@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from gradstore.errors import IntegrityError, ObjectMissingError
 from gradstore.store.backend import ObjectInfo, Part, Storage, open_storage
+
+T = TypeVar("T")
 
 Places = Callable[[], str]
 """Gives the URL of an empty place of the kind under test."""
@@ -87,10 +91,30 @@ class StorageSuite:
         assert list(storage.list_objects("")) == []
         assert storage.publish("a/1", [b"y"])
 
+    def test_an_object_is_replaced_or_made(self, storage: Storage) -> None:
+        storage.publish("a/1", [b"first"])
+        storage.replace("a/1", [b"sec", b"ond"])
+        storage.replace("b/2", [b"new"])
+        assert storage.read("a/1") == b"second"
+        assert {info.path: info.bytes for info in storage.list_objects("")} == {"a/1": 6, "b/2": 3}
+        assert not storage.publish("a/1", [b"third"])
+
+    def test_listing_tells_when_an_object_was_written(self, storage: Storage) -> None:
+        storage.publish("a/1", [b"x"])
+        (info,) = storage.list_objects("a")
+        # S3 tells whole seconds.
+        assert info.modified == pytest.approx(time.time(), abs=5)
+
+    def test_what_is_forgotten_is_still_there(self, storage: Storage) -> None:
+        storage.publish("a/1", [b"x"])
+        storage.forget("a/1")
+        storage.forget("nowhere")
+        assert storage.read("a/1") == b"x"
+
     def test_sweeping_removes_no_object(self, storage: Storage) -> None:
         storage.publish("a/b/1", [b"x"])
-        storage.sweep("a")
-        storage.sweep("nowhere")
+        assert storage.sweep("a", grace_seconds=0) == []
+        assert storage.sweep("nowhere") == []
         assert storage.read("a/b/1") == b"x"
 
     def test_names_with_percent_signs_and_tildes_are_taken_literally(self, storage: Storage) -> None:
@@ -132,13 +156,13 @@ class KillingStorage:
         return self._storage.read_into(path, buffer)
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
-        self._left -= 1
-        if self._left == -1 and not self._after:
-            self._event()
-        published = self._storage.publish(path, parts)
-        if self._left == -1 and self._after:
-            self._event()
-        return published
+        return self._counted(lambda: self._storage.publish(path, parts))
+
+    def replace(self, path: str, parts: Sequence[Part]) -> None:
+        self._counted(lambda: self._storage.replace(path, parts))
+
+    def forget(self, path: str) -> None:
+        self._storage.forget(path)
 
     def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
         return self._storage.list_objects(folder)
@@ -149,5 +173,14 @@ class KillingStorage:
     def delete(self, path: str) -> None:
         self._storage.delete(path)
 
-    def sweep(self, folder: str) -> None:
-        self._storage.sweep(folder)
+    def sweep(self, folder: str, *, grace_seconds: float = 3600.0, dry_run: bool = False) -> list[ObjectInfo]:
+        return self._storage.sweep(folder, grace_seconds=grace_seconds, dry_run=dry_run)
+
+    def _counted(self, change: Callable[[], T]) -> T:
+        self._left -= 1
+        if self._left == -1 and not self._after:
+            self._event()
+        result = change()
+        if self._left == -1 and self._after:
+            self._event()
+        return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from gradstore.store.backend import Storage
 from gradstore.store.commits import Record
+from gradstore.store.dtypes import DtypeName
 from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo
 
 CONTRACT = {"model": {"hash": "abc", "source": "tiny"}, "projection": {"kind": "logra", "rank": 2}}
@@ -24,7 +25,7 @@ def set_info(
     *,
     rows: int = 11,
     block_rows: int = 4,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: DtypeName = "float32",
     groups: Mapping[str, int] = GROUPS,
 ) -> SetInfo:
     """Describe a set whose scales differ from group to group if it is float16."""

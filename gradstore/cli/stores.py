@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,9 @@ from gradstore.cli.application import DryRun, Json, Quiet, Store, app, draw
 from gradstore.errors import StoppedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+Full = Annotated[bool, typer.Option("--full", help="Read every byte; without, one listing and the records.")]
 
 
 @app.command()
@@ -144,6 +146,74 @@ def prune(
         typer.echo(f"{row['path']}: {'would be ' if dry_run else ''}removed ({what})")
     if not found["removed"]:
         typer.echo("nothing to remove")
+
+
+@app.command()
+def verify(store: Store, full: Full = False, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Check a store against its records: that every object is there, has its size, and, if asked, its bytes."""
+    from gradstore.stages.progress import Progress
+    from gradstore.stages.verify import refuse_damage, render_verify
+    from gradstore.stages.verify import verify as stage
+
+    found = _stoppable(lambda: stage(store, full=full, progress=Progress(quiet=quiet)))
+    _tell(found, render_verify, as_json=as_json)
+    refuse_damage(found["store"], found["problems"])
+
+
+@app.command()
+def repair(
+    store: Store, full: Full = False, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Take back blocks that are broken, so that the next run computes just those, and restore Zarr metadata."""
+    from gradstore.stages.progress import Progress
+    from gradstore.stages.repair import render_repair
+    from gradstore.stages.repair import repair as stage
+    from gradstore.stages.verify import refuse_damage
+
+    found = _stoppable(lambda: stage(store, full=full, dry_run=dry_run, progress=Progress(quiet=quiet)))
+    _tell(found, render_repair, as_json=as_json)
+    refuse_damage(found["store"], found["problems" if dry_run else "left"])
+
+
+@app.command()
+def gc(
+    store: Store,
+    grace: Annotated[
+        str, typer.Option("--grace", metavar="TIME", help="What is younger stays: seconds, or 30m, 24h, 7d.")
+    ] = "24h",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what writers that died left: temporary files, unfinished uploads, objects that no record names."""
+    from gradstore.stages.gc import collect_garbage, render_garbage
+
+    found = _stoppable(lambda: collect_garbage(store, grace=grace, dry_run=dry_run))
+    _tell(found, render_garbage, as_json=as_json)
+
+
+@app.command()
+def stat(store: Store, as_json: Json = False) -> None:
+    """Count bytes, objects, rows and blocks of every part of a store, and say whether it is whole."""
+    from gradstore.stages.stat import render_stat
+    from gradstore.stages.stat import stat as stage
+
+    found = _stoppable(lambda: stage(store))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        draw(render_stat(found))
+
+
+def _stoppable(command: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return command()
+    except KeyboardInterrupt:
+        raise StoppedError("stopped. What was done stays; run the same command again.") from None
+
+
+def _tell(found: Mapping[str, Any], render: Callable[[Mapping[str, Any]], Sequence[str]], *, as_json: bool) -> None:
+    for line in [json.dumps(found)] if as_json else render(found):
+        typer.echo(line)
 
 
 def _places(stale: Mapping[str, Sequence[int]]) -> str:

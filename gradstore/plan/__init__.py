@@ -18,6 +18,7 @@ import psutil
 from gradstore.adapters import Adapter
 from gradstore.errors import ResourceError, SpecError
 from gradstore.groups import ParameterGroup, Partition
+from gradstore.plan.dtypes import BLOSC_RATIOS, SCORE_ERRORS
 from gradstore.plan.memory import TaskMemory
 from gradstore.plan.resolve import make_adapter, model_shape, resolve_device, resolve_kernel, resolve_projection
 from gradstore.plan.sizes import (
@@ -35,6 +36,7 @@ from gradstore.plan.sizes import (
 )
 from gradstore.plan.stages import stage_plans
 from gradstore.spec import SPLITS, RunSpec
+from gradstore.store.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from gradstore.numerics.kernel import Kernel
@@ -58,12 +60,16 @@ CLIENT_QUERIES = {"learn": "learn", "score": "eval"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will do; ``notes`` are for the reader."""
+    """What a run will do.
+
+    ``dtype_bytes`` are those of the train features in each type, whichever is chosen; ``notes`` are for the reader.
+    """
 
     partition: Partition
     projection: Projection
     kernel: Kernel
     sets: Mapping[str, SetPlan]
+    dtype_bytes: Mapping[str, int]
     stages: tuple[StagePlan, ...]
     worker_memory_bytes: int
     notes: tuple[str, ...]
@@ -86,6 +92,8 @@ class Plan:
             "groups": len(self.partition.groups),
             "features": self.features,
             "feature_bytes": train.feature_bytes,
+            "dtype_bytes": dict(self.dtype_bytes),
+            "dtype_errors": {name: asdict(error) for name, error in SCORE_ERRORS.items()},
             "objects": sum(stage.objects for stage in self.stages),
             "blocks": train.blocks,
             "block_rows": train.block_rows,
@@ -143,6 +151,7 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
         projection=projection,
         kernel=kernel,
         sets=sets,
+        dtype_bytes={name: sizes.feature_bytes(name, sets["train"].rows) for name in DTYPES},
         stages=stages,
         worker_memory_bytes=sizes.worker_memory,
         notes=tuple(_notes(spec, sets, stages, model.partition, sizes)),
@@ -233,6 +242,11 @@ def _notes(
         f"{groups.coverage:.1%} of {groups.total_parameters:,} parameters are in a group",
         f"blocks assume {ASSUMED_RATE[sizes.device]:.0e} operations a second on {sizes.device}, {sizes.workers} workers",
     ]
+    if spec.features.compression != "none":
+        saved = 1 - BLOSC_RATIOS[spec.features.dtype]
+        notes.append(
+            f"bytes are those before compression, which saved {saved:.0%} of {spec.features.dtype} where measured"
+        )
     wide = [group for group, width in zip(groups.groups, sizes.widths, strict=True) if width > group.parameters]
     if wide:
         notes.append(

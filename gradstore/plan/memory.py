@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from gradstore.plan.resolve import ModelShape
-from gradstore.plan.sizes import AUTO_TOKEN_BUDGET, ITEM_BYTES, RANKED_ROWS, SetPlan, Widths, kernel_bundles, split
+from gradstore.plan.sizes import (
+    AUTO_TOKEN_BUDGET,
+    ITEM_BYTES,
+    RANKED_ROWS,
+    SetPlan,
+    Widths,
+    kernel_bundles,
+    row_scale_bytes,
+    split,
+)
 from gradstore.spec import RunSpec
 
 # Python, torch, transformers, pyarrow, zarr, distributed and the code of a model, as resident memory: 520 to 795 MiB once
@@ -31,6 +40,8 @@ LOSS_BYTES: Final = 3 * 16 * 2**20
 STEP_TENSORS: Final = 4
 # Chunks that one process reads or writes at the same time, as store/backend has them: on a directory, and elsewhere.
 CHUNKS_AT_ONCE: Final = (4, 16)
+# Blocks whose rows' scales are held: those kept for reading (store/features/chunks.py), and one being written, twice.
+BLOCKS_OF_SCALES: Final = 6
 # Train features that a task of contribute reads at a time (stages/contribute.py).
 READ_BYTES: Final = 64 * 2**20
 # Text, words and BM25 index of one token of the corpus.
@@ -59,6 +70,7 @@ class TaskMemory:
         self._components = widths.components
         self._features = sum(widths.stored)
         self._weights = 4 * model.partition.total_parameters
+        self._at_once = CHUNKS_AT_ONCE["://" in spec.run.store]
 
     def featurize(self, sets: Sequence[SetPlan]) -> int:
         """Weights, what the tokens of one batch keep alive, and the features of two blocks.
@@ -81,25 +93,25 @@ class TaskMemory:
         return max(computed, self._find_components(tokens))
 
     def kernel(self, train: SetPlan) -> int:
-        """Gram matrices of one bundle, the decomposition of its widest group, and a block of its groups.
+        """Gram matrices of one bundle, the decomposition of its widest group, and blocks of single groups, read ahead.
 
         LAPACK's syevd works on a copy, with two more as workspace, and numpy copies the result out: 32 d^2 bytes beside the
         matrix, and 4 d^2 for the eigenvectors that are kept. Those of later groups take less than the matrices they replace.
-        A kernel of the mean of several members takes one group of another member beside the block; rank-c factors take their
-        own beside their matrices.
+        A kernel of the mean of several members takes the sum of a group beside what is read; rank-c factors take their
+        matrices, of one group, beside their own.
         """
         bundles = split(self._full, kernel_bundles(self._full))
         grams = max(sum(8 * width**2 for width in bundle) for bundle in bundles)
-        rows = max(4 * train.block_rows * sum(bundle) for bundle in bundles)
+        rows = (1 + self._at_once) * 4 * train.block_rows * max(self._widths)
         rows += 4 * train.block_rows * max(self._full) if self._spec.kernel.members == "mean" else 0
-        rows += 4 * train.block_rows * self._features if self._full != self._widths else 0
+        rows += 4 * train.block_rows * max(self._full) if self._full != self._widths else 0
         return PROCESS_BYTES + self._weights + grams + 36 * max(self._full) ** 2 + rows + self._chunks([train])
 
     def contribute(self, train: SetPlan, queries: Sequence[SetPlan], *, spectra: bool) -> int:
         """Queries of all sets, C of one block for all of them, and the features it is made from.
 
-        A span reads each block once for all query sets. While a set's C is encoded the others' is held. Reading the next
-        bundle of groups the last is still there.
+        A span reads each block once for all query sets. While a set's C is encoded the others' is held. One bundle of groups
+        is read ahead.
         """
         groups, item = len(self._groups), ITEM_BYTES[self._spec.contribute.dtype]
         members = len(self._spec.model.etas)
@@ -124,9 +136,9 @@ class TaskMemory:
         return PROCESS_BYTES + a_tile * min(2, math.ceil(queries.rows / tile)) + 200 * steps
 
     def rank(self, train: SetPlan, queries: SetPlan, tile: int, *, texts: bool) -> int:
-        """One block of C, also in float64, what is kept of it for two rankings of two sides, and any texts for BM25."""
+        """Two blocks of C, one also in float64, what is kept of it for two rankings of two sides, and any texts for BM25."""
         groups = len(self._groups)
-        block = tile * train.block_rows * (12 * groups + 40)
+        block = tile * train.block_rows * (16 * groups + 40)
         kept = 3 * self.ranked_bytes(train, queries)
         tokens = train.rows * train.length + queries.rows * queries.length
         return PROCESS_BYTES + block + kept + (TEXT_BYTES * tokens if texts else 0)
@@ -170,5 +182,7 @@ class TaskMemory:
         return max(memory(item) for item, name in ((4, "float32"), (2, "bfloat16")) if precision in (name, "auto"))
 
     def _chunks(self, sets: Sequence[SetPlan]) -> int:
-        at_once = CHUNKS_AT_ONCE["://" in self._spec.run.store]
-        return at_once * max(planned.largest_chunk_bytes for planned in sets)
+        """Chunks that are read or written at the same time, compressed ones both as they are stored and before."""
+        forms = 1 if all(planned.compression == "none" for planned in sets) else 2
+        scales = sum(planned.block_rows * row_scale_bytes(planned.dtype, len(self._groups)) for planned in sets)
+        return self._at_once * forms * max(planned.largest_chunk_bytes for planned in sets) + BLOCKS_OF_SCALES * scales

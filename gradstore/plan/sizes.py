@@ -6,18 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from gradstore.groups import ParameterGroup, Part
 from gradstore.plan.resolve import ModelShape
 from gradstore.spec import FeaturesSection, RunSpec
+from gradstore.store.dtypes import DTYPES, DtypeName
 
 if TYPE_CHECKING:
     from gradstore.numerics.projection import Projection
 
 T = TypeVar("T")
-StoredDtype = Literal["float32", "float16"]
-ITEM_BYTES: Mapping[StoredDtype, int] = {"float32": 4, "float16": 2}
+ITEM_BYTES: Mapping[str, int] = {name: dtype.item_bytes for name, dtype in DTYPES.items()}
+# Where every row of a group has a scale of its own: one float32.
+SCALE_BYTES = 4
 MIN_BLOCK_ROWS = 16
 MAX_CHUNK_BYTES = 8 * 2**20
 REFUSED_CHUNK_BYTES = 64 * 2**20
@@ -36,7 +38,7 @@ BUNDLE_BYTES = 2**30
 CONTRIBUTION_CHUNK_BYTES = 32 * 2**20
 LEARNER_TILE_BYTES = 2 * 2**30
 BLOCK_OBJECTS = 3  # of a member: example part, statistics, commit record; the inputs come on top
-SET_OBJECTS = 3  # claim.json, set.json, and zarr.json of the set
+SET_OBJECTS = 3  # claim.0.json, set.0.json, and zarr.json of the set
 # Blocks that one task of featurize computes, writing one while the next is computed; fewer where workers would run out.
 BLOCKS_PER_TASK = 4
 TASKS_PER_WORKER = 8
@@ -103,13 +105,15 @@ class Widths:
 class SetPlan:
     """One feature set: its rows, blocks, objects and bytes.
 
-    ``feature_bytes`` are those of its features alone, of all members; stored chunks are padded to whole blocks, and end in a checksum.
+    ``feature_bytes`` are those of its features alone and of the scales of their rows, of all members, before any compression;
+    stored chunks are padded to whole blocks, and end in a checksum.
     """
 
     name: str
     rows: int
     length: int
-    dtype: StoredDtype
+    dtype: DtypeName
+    compression: str
     block_rows: int
     blocks: int
     objects: int
@@ -130,8 +134,8 @@ class StagePlan:
     objects
         Objects that it writes; exact.
     written_bytes
-        Bytes that it writes: of arrays exactly, of the tables of learn and score about; metadata, records and the tables
-        of feature sets come on top.
+        Bytes that it writes: of arrays exactly, before any compression, of the tables of learn and score about; metadata,
+        records and the tables of feature sets come on top.
     task_memory_bytes
         Memory of one task at its highest; 0 where there is none.
     client_memory_bytes
@@ -176,22 +180,29 @@ class Sizes:
         """Plan one feature set of ``rows`` examples of at most ``length`` tokens."""
         dtype = stored_dtype(name, self._spec.features)
         item = ITEM_BYTES[dtype]
-        block_rows = self._spec.features.block_rows or self._block_rows(rows, length, item)
+        block_rows = self._spec.features.block_rows or self._block_rows(rows, length, dtype)
         blocks = math.ceil(rows / block_rows)
         return SetPlan(
             name=name,
             rows=rows,
             length=length,
             dtype=dtype,
+            compression=self._spec.features.compression if name == "train" else "none",
             block_rows=block_rows,
             blocks=blocks,
-            objects=self._objects(rows, block_rows),
-            feature_bytes=self.members * rows * sum(self.widths) * item,
+            objects=self._objects(rows, block_rows, dtype),
+            feature_bytes=self.feature_bytes(dtype, rows),
             largest_chunk_bytes=block_rows * max(self.widths) * item,
         )
 
-    def _block_rows(self, rows: int, length: int, item: int) -> int:
+    def feature_bytes(self, dtype: str, rows: int) -> int:
+        """Bytes of the features of ``rows`` examples in a type, of all members."""
+        return self.members * rows * (sum(self.widths) * ITEM_BYTES[dtype] + row_scale_bytes(dtype, len(self.widths)))
+
+    def _block_rows(self, rows: int, length: int, dtype: DtypeName) -> int:
         """Return the largest power of two within the four rules of architecture.md, and at least MIN_BLOCK_ROWS."""
+        # A block takes the same memory before it is rounded, so int8 has no more rows than the types of 16 bits.
+        item = max(ITEM_BYTES[dtype], 2)
         widest = max(self.widths) * item
         in_memory = self.worker_memory * BLOCK_MEMORY_SHARE / (sum(self.widths) * (4 + item))
         in_chunk = MAX_CHUNK_BYTES / widest
@@ -199,13 +210,16 @@ class Sizes:
         bound = min(in_memory, in_chunk, BLOCK_SECONDS / seconds_a_row, rows / (BLOCKS_PER_WORKER * self.workers))
         block_rows = max(_power_of_two(bound), MIN_BLOCK_ROWS)
         # Many objects cost requests and listings: give up the last two rules, never memory or chunk size.
-        while self._objects(rows, block_rows) > MAX_OBJECTS and 2 * block_rows <= min(in_memory, in_chunk):
+        while self._objects(rows, block_rows, dtype) > MAX_OBJECTS and 2 * block_rows <= min(in_memory, in_chunk):
             block_rows *= 2
         return block_rows
 
-    def _objects(self, rows: int, block_rows: int) -> int:
-        of_a_block = 1 + self.members * (len(self._groups) + BLOCK_OBJECTS)
-        return math.ceil(rows / block_rows) * of_a_block + self.members * (len(self._groups) + 1) + SET_OBJECTS
+    def _objects(self, rows: int, block_rows: int, dtype: DtypeName) -> int:
+        # Scales of rows are one more array of every member, in a folder of theirs.
+        scaled = has_row_scales(dtype)
+        arrays = len(self._groups) + scaled
+        of_a_block = 1 + self.members * (arrays + BLOCK_OBJECTS)
+        return math.ceil(rows / block_rows) * of_a_block + self.members * (arrays + 1) + SET_OBJECTS + scaled
 
 
 def block_tasks(blocks: Sequence[int], workers: int) -> list[Sequence[int]]:
@@ -269,16 +283,26 @@ def learner_tile(contributions: tuple[int, int, int]) -> int:
     return max(1, min(queries, LEARNER_TILE_BYTES // (4 * rows * groups)))
 
 
-def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: StoredDtype) -> int:
+def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: DtypeName) -> int:
     """Queries in one chunk of C: at most CONTRIBUTION_CHUNK_BYTES, and no more than the learner holds at once."""
     _, _, groups = contributions
     by_chunk = CONTRIBUTION_CHUNK_BYTES // (groups * ITEM_BYTES[dtype] * block_rows)
     return max(1, min(learner_tile(contributions), by_chunk))
 
 
-def stored_dtype(set_name: str, features: FeaturesSection) -> StoredDtype:
+def stored_dtype(set_name: str, features: FeaturesSection) -> DtypeName:
     """Return the dtype a set is stored in: train as the run says, queries always in float32 (they are few)."""
     return features.dtype if set_name == "train" else "float32"
+
+
+def has_row_scales(dtype: str) -> bool:
+    """Whether every row of a group has a scale of its own."""
+    return DTYPES[dtype].scaled == "row"
+
+
+def row_scale_bytes(dtype: str, groups: int) -> int:
+    """Bytes of the scales of one row."""
+    return SCALE_BYTES * groups if has_row_scales(dtype) else 0
 
 
 def split(items: Sequence[T], parts: int) -> list[Sequence[T]]:

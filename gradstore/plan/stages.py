@@ -16,6 +16,7 @@ from gradstore.plan.sizes import (
     kernel_bundles,
     learner_tile,
     query_tile,
+    row_scale_bytes,
 )
 from gradstore.spec import RunSpec
 
@@ -75,10 +76,7 @@ def _featurize(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan], memor
     """
     members, stored, found = len(spec.model.etas), widths.stored, widths.components
     tasks = sum(len(block_tasks(range(planned.blocks), spec.cluster.num_workers)) for planned in sets.values())
-    written = sum(
-        planned.blocks * (planned.block_rows * sum(stored) * ITEM_BYTES[planned.dtype] + CHECKSUM_BYTES * len(stored))
-        for planned in sets.values()
-    )
+    written = sum(_set_bytes(stored, planned) for planned in sets.values())
     return StagePlan(
         name="featurize",
         tasks=members * (1 + tasks) + (found.bundles if found else 0),
@@ -89,6 +87,13 @@ def _featurize(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan], memor
         written_bytes=members * written + (found.matrix_bytes + 2 * CHECKSUM_BYTES * found.parts if found else 0),
         task_memory_bytes=memory.featurize([*sets.values()]),
     )
+
+
+def _set_bytes(widths: Sequence[int], planned: SetPlan) -> int:
+    """Bytes of the chunks of one member of a set, with those of its rows' scales."""
+    scales = row_scale_bytes(planned.dtype, len(widths))
+    a_row = sum(widths) * ITEM_BYTES[planned.dtype] + scales
+    return planned.blocks * (planned.block_rows * a_row + CHECKSUM_BYTES * (len(widths) + (scales > 0)))
 
 
 def _kernel(spec: RunSpec, widths: Sequence[int], train: SetPlan, memory: TaskMemory, *, spectra: bool) -> StagePlan:

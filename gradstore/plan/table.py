@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradstore.plan import Plan
+from gradstore.plan.dtypes import MEASURED_ON, SCORE_ERRORS
 from gradstore.plan.sizes import gigabytes
 
 
@@ -25,6 +26,13 @@ def render_plan(plan: Plan) -> RenderableType:
             gigabytes(planned.feature_bytes),
             f"{planned.objects:,}",
         )
+    dtypes = Table("dtype", title="train features in every dtype", title_justify="left")
+    for column in ("bytes", "score error, identity", "block"):
+        dtypes.add_column(column, justify="right")
+    for name, stored_bytes in plan.dtype_bytes.items():
+        error = SCORE_ERRORS[name]
+        chosen = f"{name} (chosen)" if name == plan.sets["train"].dtype else name
+        dtypes.add_row(chosen, gigabytes(stored_bytes), f"{error.identity:.2g}", f"{error.block:.2g}")
     stages = Table("stage", title="stages", title_justify="left")
     for column in ("tasks", "memory/task", "memory here", "writes", "objects"):
         stages.add_column(column, justify="right")
@@ -41,7 +49,8 @@ def render_plan(plan: Plan) -> RenderableType:
         f"{len(plan.partition.groups)} groups, {plan.features:,} features an example, "
         f"{gigabytes(plan.worker_memory_bytes)} of memory a worker"
     )
-    return Group(head, sets, stages, *(Text(f"- {note}") for note in (*plan.notes, *_skipped(plan))))
+    measured = Text(f"score errors: root mean square, relative to float32, measured on {MEASURED_ON}")
+    return Group(head, sets, dtypes, measured, stages, *(Text(f"- {note}") for note in (*plan.notes, *_skipped(plan))))
 
 
 def _skipped(plan: Plan) -> list[str]:

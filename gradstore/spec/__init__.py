@@ -8,6 +8,7 @@ from gradstore.spec.kinds import content_hash, differences, resolve_kind
 from gradstore.spec.reading import parse_spec, read_spec
 from gradstore.spec.sections import (
     MEAN_MEMBER,
+    SET_FOLDERS,
     SPLITS,
     ClusterSection,
     DataSection,
@@ -20,6 +21,7 @@ from gradstore.spec.sections import (
 
 __all__ = [
     "MEAN_MEMBER",
+    "SET_FOLDERS",
     "SPLITS",
     "ClusterSection",
     "DataSection",

@@ -21,6 +21,8 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 LONE_MEMBER = "m0"
 # The mean of all members; none of them has a dot in its name.
 MEAN_MEMBER = "members.mean"
+# Folders that a feature set has beside those of its members, so that no member can be called so.
+SET_FOLDERS = ("inputs", "examples", "statistics", "blocks", "scales")
 RESERVED_NAMES = {"kernel": "baseline", "learn": "unweighted"}
 SPLITS = ("train", "learn", "eval")
 
@@ -98,6 +100,8 @@ class ModelSection(Section):
         names = [member.name for member in self.members]
         if len(set(names)) < len(names):
             raise SpecError(f"model.members: found the names {', '.join(names)}; each member needs its own.")
+        if taken := [name for name in names if name in SET_FOLDERS]:
+            raise SpecError(f"model.members: found the name {taken[0]}, which is another folder's. Choose another name.")
         return self
 
 
@@ -205,7 +209,8 @@ class FeaturesSection(Section):
 
     groups: GroupsSection = GroupsSection()
     projection: dict[str, Any] = Field(default_factory=lambda: {"kind": "logra", "rank": 16})
-    dtype: Literal["float32", "float16"] = "float16"
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    compression: Literal["none", "blosc"] = "none"
     block_rows: int | None = Field(default=None, ge=1)
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(default="auto")
     covariances: bool = True

@@ -20,6 +20,7 @@ from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import full_rows, full_width, inner_products, is_factored
 from gradstore.store.artifacts import ContributionArtifact, ContributionShape, KernelArtifact, QueryArtifact
+from gradstore.store.dtypes import nearest_scale
 from gradstore.store.features import BlockReader, FeatureArray, FeatureSet, FeatureStore, Piece
 
 QUERY_SETS = ("learn", "eval")
@@ -206,7 +207,7 @@ def query_scales(store_url: str, kernel: str, set_name: str, etas: Mapping[str, 
             norms_Q = np.linalg.norm(rows.astype(np.float64), axis=1)
             size_Q = abs(eta) * norms_Q * np.sqrt(energy[array.name] / train.info.num_examples / full_width(array))
             typical_Q = np.maximum(typical_Q, size_Q)
-    return [float(2.0 ** np.round(np.log2(typical))) if typical > 0 else 1.0 for typical in typical_Q]
+    return [nearest_scale(typical) for typical in typical_Q.tolist()]
 
 
 def contribute_span(store_url: str, kernel: str, etas: Mapping[str, float], blocks: Sequence[int]) -> int:

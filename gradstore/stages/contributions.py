@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from gradstore.errors import NotReadyError
 from gradstore.store.artifacts import ContributionArtifact
 from gradstore.store.features import FeatureStore
+from gradstore.store.read_ahead import read_ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +57,24 @@ class Contributions:
         return np.flatnonzero(valid_N)
 
     def read_blocks(
-        self, query_start: int, query_stop: int, out: np.ndarray | None = None
+        self, query_start: int, query_stop: int, buffers: Sequence[np.ndarray] = ()
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows [n] and contributions [queries, n, groups] of some queries, block by block; with ``out``, in its place."""
-        for block, c_QNM in enumerate(self.artifact.read_blocks(query_start, query_stop, out)):
+        """Rows [n] and contributions [queries, n, groups] of some queries, block by block.
+
+        Each block has memory of its own, unless there are ``buffers`` (two, to read a block while one is worked on): then
+        it is read into one of these, and stays as it is until the next is asked for.
+        """
+
+        def begin(pool: ThreadPoolExecutor, block: int, buffer: np.ndarray) -> Callable[[], np.ndarray]:
+            return pool.submit(self.artifact.read, query_start, query_stop, block, buffer).result
+
+        blocks = range(self.artifact.shape.num_blocks)
+        read = (
+            read_ahead(blocks, buffers, begin, threads=1)
+            if buffers
+            else self.artifact.read_blocks(query_start, query_stop)
+        )
+        for block, c_QNM in zip(blocks, read, strict=True):
             rows_N = np.arange(*self.artifact.shape.block_range(block))
             if block in self.valid:
                 yield rows_N[self.valid[block]], c_QNM[:, self.valid[block]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import islice, product
 
 import numpy as np
 
@@ -11,9 +13,9 @@ from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.sizes import kernel_bundles, split
 from gradstore.spec import MEAN_MEMBER, RunSpec
 from gradstore.stages.progress import Progress
-from gradstore.stages.reading import full_width, read_block
+from gradstore.stages.reading import full_rows, full_width
 from gradstore.store.artifacts import KernelArtifact
-from gradstore.store.features import FeatureSet, FeatureStore
+from gradstore.store.features import BlockReader, FeatureArray, FeatureSet, FeatureStore, Piece
 
 
 def build_kernel(spec: RunSpec, engine: Engine, progress: Progress) -> None:
@@ -63,7 +65,7 @@ def _build(spec: RunSpec, engine: Engine, progress: Progress, train: FeatureSet,
 
 def build_bundle(store_url: str, name: str, member: str, bundle: int) -> int:
     """Task: accumulate the Gram matrices of one bundle of groups, decompose and commit them; return how many."""
-    from gradstore.numerics.kernel import spectrum, update_gram, zero_invalid
+    from gradstore.numerics.kernel import spectrum
 
     store = FeatureStore.open(store_url)
     train = store.open_set("train")
@@ -71,16 +73,7 @@ def build_bundle(store_url: str, name: str, member: str, bundle: int) -> int:
     artifact = KernelArtifact.open(store.storage, name, member)
     groups = artifact.bundles[bundle]
     widths: dict[str, int] = artifact.settings["widths"]
-    grams = {group: np.zeros((widths[group], widths[group])) for group in groups}
-    stored = {array.name: array.features for array in train.info.arrays}
-    buffers = {group: np.empty((train.info.block_rows, stored[group]), np.float32) for group in groups}
-    invalid = {block for item in trains for block in item.invalid_blocks()}
-    for block in range(train.info.num_blocks):
-        for group, rows in _mean_block(trains, block, groups, buffers).items():
-            if block in invalid:
-                zero_invalid(rows)
-            update_gram(grams[group], rows)
-    del buffers, rows
+    grams = _gram_matrices(trains, groups, widths)
     spectra = {}
     for group in groups:
         # A matrix goes as soon as it is decomposed, and of its vectors only what is stored stays (plan/memory.py).
@@ -96,15 +89,34 @@ def _members(train: FeatureSet, member: str) -> list[FeatureSet]:
     return [train.of_member(name) for name in (train.info.members if member == MEAN_MEMBER else [member])]
 
 
-def _mean_block(
-    trains: Sequence[FeatureSet], block: int, groups: Sequence[str], out: Mapping[str, np.ndarray]
+def _gram_matrices(
+    trains: Sequence[FeatureSet], groups: Sequence[str], widths: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """The features of a block by group, the mean of those of all sets; NaN where a row is not valid in one of them."""
-    first, *others = trains
-    found = read_block(first, block, groups, out=out)
-    for group, total in found.items():
-        for other in others:
-            np.add(total, read_block(other, block, [group])[group], out=total)
-        if others:
-            np.divide(total, len(trains), out=total)
-    return found
+    """Gram matrix [d, d] of every group, over all blocks."""
+    from gradstore.numerics.kernel import update_gram, zero_invalid
+
+    info, concurrency = trains[0].info, trains[0].storage.concurrency
+    arrays = {array.name: array for array in info.arrays}
+    invalid = {block for item in trains for block in item.invalid_blocks()}
+    grams = {group: np.zeros((widths[group], widths[group])) for group in groups}
+    # One group at a time takes the least memory; as many are read ahead as the storage serves at once.
+    reader = BlockReader(trains, [[group] for group in groups], ahead=concurrency)
+    with closing(reader.read(range(info.num_blocks))) as pieces:
+        for block, group in product(range(info.num_blocks), groups):
+            rows = _next_mean(pieces, arrays[group], len(trains))
+            if block in invalid:
+                zero_invalid(rows)
+            update_gram(grams[group], rows)
+    return grams
+
+
+def _next_mean(pieces: Iterator[Piece], array: FeatureArray, members: int) -> np.ndarray:
+    """Rows of a group as kernels see them: the mean of the next pieces, one of each member; NaN where one is not valid."""
+    total = full_rows(array, next(pieces).rows[array.name])
+    if members == 1:
+        return total
+    total = total.copy()
+    for piece in islice(pieces, members - 1):
+        np.add(total, full_rows(array, piece.rows[array.name]), out=total)
+    np.divide(total, members, out=total)
+    return total

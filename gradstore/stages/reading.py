@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
-from gradstore.store.features import FeatureArray, FeatureSet
+from gradstore.store.features import FeatureArray
 
 
 def full_width(array: FeatureArray) -> int:
@@ -30,16 +28,6 @@ def inner_products(array: FeatureArray, queries_QK: np.ndarray, rows_NK: np.ndar
 
     shapes = [part.shape for part in array.parts]
     return factors.inner_products(queries_QK, rows_NK, shapes, [part.factors or 0 for part in array.parts])
-
-
-def read_block(
-    feature_set: FeatureSet, block: int, groups: Sequence[str], out: Mapping[str, np.ndarray] | None = None
-) -> dict[str, np.ndarray]:
-    """Rows of some groups of a block as kernels see them; ``out`` as in `FeatureSet.read_block`."""
-    arrays = {array.name: array for array in feature_set.info.arrays}
-    return {
-        group: full_rows(arrays[group], rows) for group, rows in feature_set.read_block(block, groups, out=out).items()
-    }
 
 
 def is_factored(array: FeatureArray) -> bool:

@@ -130,16 +130,19 @@ class Buffers:
 def read_chunk(
     storage: Storage, path: str, entry: ObjectEntry, layout: ArrayLayout, buffer: npt.NDArray[np.uint8], *, remedy: str
 ) -> npt.NDArray[Any]:
-    """Read a chunk into ``buffer`` (at least ``layout.chunk_bytes`` long) and return its values as a view of it.
+    """Read a chunk into ``buffer`` (at least ``layout.buffer_bytes`` long) and return its values as a view of it.
 
     Raises
     ------
     ObjectMissingError, IntegrityError
         If it is not there, or its size or checksum is not its own or not the record's; ``remedy`` says what to do.
     """
+    # The values of a compressed chunk come first, where their type finds its alignment.
+    spare = layout.buffer_bytes - layout.chunk_bytes
+    stored = buffer[spare : spare + layout.chunk_bytes]
     with _expected(storage, path, remedy):
-        size = storage.read_into(path, buffer.data)
-    decoded = decode_chunk(buffer[:size], layout)
+        size = storage.read_into(path, stored.data)
+    decoded = decode_chunk(stored[:size], layout, buffer[:spare])
     if decoded is None or decoded[1] != entry.crc32c:
         raise _damaged(storage, path, remedy)
     return decoded[0]

@@ -5,6 +5,7 @@ A store holds
     features/<set>/claim.<version>.json               what the first to make this version of a feature set asked for
     features/<set>/set.<version>.json                 rows, blocks, arrays and data hash of a version that is ready
     features/<set>/<member>/<group>                   Zarr array [rows, features]; a lone member is m0
+    features/<set>/scales/<member>                    Zarr array [rows, groups], where every row of a group has a scale
     features/<set>/inputs/<block>.<version>.parquet   what enters the model, written by who made that version of the set
     features/<set>/{examples,statistics}/<member>/<block>.parquet
     features/<set>/blocks/<member>/<block>.<generation>.json   commit records
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,14 +33,15 @@ from typing import Any, Final
 import numpy as np
 
 from gradstore.errors import SpecError
+from gradstore.store.compression import COMPRESSIONS
 
 FORMAT_VERSION: Final = 1
 STORE_FILE: Final = "gradstore.json"
 ARTIFACT_FILE: Final = "artifact.json"
 METADATA_FILE: Final = "zarr.json"
 LONE_MEMBER: Final = "m0"
-# Folders of a feature set beside those of its members.
-SET_FOLDERS: Final = ("inputs", "examples", "statistics", "blocks", "scales")
+# One of SET_FOLDERS, with an array for each member of an int8 set.
+SCALES_FOLDER: Final = "scales"
 
 # Longest encoded group name: file systems take 255 bytes, and object stores 1,024 for the whole path.
 _LONGEST_NAME: Final = 200
@@ -172,13 +175,25 @@ class RowBlocks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayLayout:
-    """A Zarr array of the format: float, unsharded, one chunk per unit of work, checksummed, NaN where unwritten."""
+    """A Zarr array of the format: unsharded, one chunk per unit of work, checksummed, no number where unwritten.
+
+    Attributes
+    ----------
+    shape, chunk_shape, dtype, dimension_names, attributes
+        As its metadata has them.
+    fill_value
+        What an unwritten value reads as.
+    compression
+        Name in COMPRESSIONS.
+    """
 
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: str
     dimension_names: tuple[str, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    fill_value: float | int = math.nan
+    compression: str = "none"
 
     @property
     def stored_dtype(self) -> np.dtype[Any]:
@@ -186,9 +201,20 @@ class ArrayLayout:
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
+    def raw_bytes(self) -> int:
+        """Size of a chunk's values, padded to the whole chunk."""
+        return int(np.prod(self.chunk_shape)) * self.stored_dtype.itemsize
+
+    @property
     def chunk_bytes(self) -> int:
-        """Size of a chunk object: its values, padded to the whole chunk, and four bytes of crc32c."""
-        return int(np.prod(self.chunk_shape)) * self.stored_dtype.itemsize + 4
+        """Size of a chunk object, its values and four bytes of crc32c; of a compressed one the largest."""
+        compressor = COMPRESSIONS[self.compression]
+        return self.raw_bytes + (0 if compressor is None else compressor.overhead_bytes) + 4
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that reading a chunk takes: a compressed one as it is stored, and its values."""
+        return self.chunk_bytes + (0 if COMPRESSIONS[self.compression] is None else self.raw_bytes)
 
     @property
     def num_chunks(self) -> tuple[int, ...]:
@@ -216,16 +242,18 @@ def metadata_objects(arrays: Mapping[str, ArrayLayout]) -> dict[str, bytes]:
     made: dict[str, Buffer] = {}
     store = MemoryStore(made)
     for path, layout in arrays.items():
+        compressor = COMPRESSIONS[layout.compression]
+        compressors = [] if compressor is None else [compressor.zarr_codec(layout.stored_dtype.itemsize)]
         create_array(
             store,
             name=path,
             shape=layout.shape,
             chunks=layout.chunk_shape,
             dtype=layout.dtype,
-            fill_value=float("nan"),
+            fill_value=layout.fill_value,
             filters=None,
             serializer=BytesCodec(endian="little"),
-            compressors=Crc32cCodec(),
+            compressors=[*compressors, Crc32cCodec()],
             dimension_names=layout.dimension_names,
             attributes=json.loads(json.dumps(layout.attributes)),
         )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_featurize
+from tests.benchmarks import bench_featurize, bench_store
 
-BENCHMARKS = (bench_featurize,)
+BENCHMARKS = (bench_featurize, bench_store)
 
 
 def main() -> None:

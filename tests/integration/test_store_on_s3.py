@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray
 
-from gradstore.errors import IntegrityError, NotReadyError, StorageError
+from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError, StorageError
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureStore
 from tests import stores
@@ -41,6 +42,37 @@ class TestS3(StorageSuite):
     @pytest.fixture
     def new_url(self, server: S3Server) -> Places:
         return lambda: server.url(f"storage-{next(_NAMES)}/deep")
+
+
+@pytest.mark.usefixtures("client")
+class TestCachedS3(StorageSuite):
+    @pytest.fixture
+    def new_url(self, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+        monkeypatch.setenv("GRADSTORE_CACHE", str(tmp_path / "cache"))
+        return lambda: server.url(f"cached-{next(_NAMES)}")
+
+
+@pytest.mark.usefixtures("client")
+def test_blocks_are_read_from_the_cache_and_anew_when_it_is_damaged(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server.url(f"store-{next(_NAMES)}")
+    made = stores.create(url, stores.set_info())
+    stores.write(made, 0)
+    expected = made.read_block(0)
+    monkeypatch.setenv("GRADSTORE_CACHE", str(tmp_path))
+    for _ in range(2):
+        read = FeatureStore.open(url).open_set("train").read_block(0)
+        for name, values in read.items():
+            np.testing.assert_array_equal(values, expected[name])
+        copies = list(tmp_path.glob("objects/*/*"))
+        assert len(copies) == len(expected)
+        for copy in copies:
+            copy.write_bytes(copy.read_bytes()[:-1])
+    for path in {info.path for info in made.storage.list_objects("features/train/m0") if "/c/" in info.path}:
+        made.storage.delete(path)
+    with pytest.raises(ObjectMissingError, match="is missing, though it was committed"):
+        FeatureStore.open(url).open_set("train").read_block(0)
 
 
 @pytest.mark.usefixtures("client")
@@ -133,6 +165,7 @@ def test_no_credentials_are_explained(server: S3Server, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("client")
 def test_an_endpoint_that_does_not_answer_is_explained(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("GRADSTORE_S3_RETRY_SECONDS", "1")
     with pytest.raises(StorageError, match="Check that AWS_ENDPOINT_URL is right and reachable"):
         FeatureStore.open(server.url("anything"))
 

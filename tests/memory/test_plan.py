@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from gradstore.stages.featurize.block import featurize_blocks
 from gradstore.stages.kernel import build_bundle, build_kernel
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.tail_patch import patch_query, tail_patches
+from tests.memory.peak import high_water
 from tests.models import VOCABULARY, tiny_tokenizer
 from tests.runs import make_run, write_corpus
 
@@ -107,13 +107,6 @@ def measure(task: Task, connection: Any) -> None:
     torch.set_num_threads(1)
     before = high_water()
     connection.send((task.function(*task.arguments), before, high_water()))
-
-
-def high_water() -> int:
-    """Peak resident bytes of this process: ru_maxrss would count the parent's, from before the program was started."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def make_model(folder: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import count
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import xarray
 
 from gradstore.errors import ContractError, DataError
+from gradstore.store.codecs import encode_table
 from gradstore.store.features import FeatureSet, FeatureStore, SetInfo
 from tests import stores
 from tests.storages import Killed, KillingStorage
@@ -117,7 +119,13 @@ def test_another_append_while_one_is_unfinished_is_refused_with_the_way_out(url:
     claim = f"{url}/features/train/claim.1.json"
     assert f"finish that, or delete {claim}" in str(caught.value)
     made.storage.delete("features/train/claim.1.json")
-    assert extend(url, made.info.appended(5, "other", None)).info.data_hash == "other"
+    # Nothing of the abandoned one is taken on, though what it left is sound.
+    path = "features/train/inputs/000003.1.parquet"
+    left = made.storage.read(path)
+    made.storage.replace(path, encode_table(pa.table({"row": [1, 2, 3, 4]})).parts)
+    again = extend(url, made.info.appended(5, "other", None))
+    assert again.info.data_hash == "other"
+    assert made.storage.read(path) == left
 
 
 def test_an_append_of_other_rows_than_it_says_is_refused(url: str) -> None:

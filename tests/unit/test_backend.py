@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import resource
+import shutil
 import time
 from itertools import count
 from pathlib import Path
@@ -103,6 +105,92 @@ def test_publishing_leaves_no_temporary_file(tmp_path: Path) -> None:
     storage.publish("a/1", [b"x"])
     storage.publish("a/1", [b"y"])
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["1"]
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of all that is synced from now on, in order; a temporary file by its folder and a question mark."""
+    paths = []
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        paths.append(f"{path.parent}/?" if path.name.startswith(".gradstore-") else str(path))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return paths
+
+
+def test_names_are_durable_before_a_document_that_may_list_them(tmp_path: Path, synced: list[str]) -> None:
+    storage = open_storage(str(tmp_path / "store"))
+    storage.publish("a/c/0/0", [b"x"])
+    storage.publish("a/c/1/0", [b"y"])
+    open_storage(str(tmp_path / "store")).publish("b/c/0/0", [b"x"])
+    # Another writer's, which this one's document may list as well.
+    assert not storage.publish("b/c/0/0", [b"z"])
+    root = tmp_path / "store"
+    assert synced == [f"{root}/a/c/0/?", f"{root}/a/c/1/?", f"{root}/b/c/0/?"]
+    del synced[:]
+    storage.publish("records/0.json", [b"{}"])
+    document = synced.index(f"{root}/records/?")
+    folders = {"a", "a/c", "a/c/0", "a/c/1", "b", "b/c", "b/c/0"}
+    assert {str(tmp_path), str(root), *(f"{root}/{name}" for name in folders)} <= set(synced[:document])
+    assert {str(root), f"{root}/records"} <= set(synced[document:])
+    del synced[:]
+    storage.publish("records/1.json", [b"{}"])
+    assert set(synced) == {f"{root}/records/?", f"{root}/records", str(root)}
+
+
+def test_without_fsync_nothing_is_synced(tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSTORE_FSYNC", "off")
+    for url in (str(tmp_path / "store"), (tmp_path / "another").as_uri()):
+        storage = pickle.loads(pickle.dumps(open_storage(url)))
+        storage.publish("a/1", [b"x"])
+        storage.publish("a/1.json", [b"x"])
+        storage.replace("a/1.json", [b"y"])
+        storage.delete("a/1")
+        assert storage.read("a/1.json") == b"y"
+    assert synced == []
+
+
+@pytest.mark.parametrize("value", ["", "0", "no", "OFF", "true"])
+def test_another_value_of_the_fsync_switch_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSTORE_FSYNC", value)
+    with pytest.raises(SpecError, match=rf"GRADSTORE_FSYNC: found '{value}'; accepted: on, off"):
+        open_storage("runs/demo")
+
+
+def test_an_object_may_have_more_parts_than_the_system_takes_at_once(tmp_path: Path) -> None:
+    parts = [b"%d" % number if number % 3 else b"" for number in range(5000)]
+    storage = open_storage(str(tmp_path))
+    storage.publish("a", parts)
+    assert storage.read("a") == b"".join(parts)
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "store"))
+    storage.publish("a/b/1", [b"x"])
+    shutil.rmtree(tmp_path / "store")
+    assert storage.publish("a/b/1", [b"y"])
+    assert storage.read("a/b/1") == b"y"
+
+
+@pytest.mark.parametrize("name", ["GRADSTORE_S3_RETRY_SECONDS", "GRADSTORE_S3_TIMEOUT_SECONDS"])
+@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "inf"])
+def test_a_time_that_is_no_number_of_seconds_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SpecError, match=rf"{name}: found '{value}'; accepted: a number of seconds from 0"):
+        open_storage("s3://bucket/prefix").read("a")
+
+
+def test_what_is_kept_of_s3_in_a_pickle_is_where_it_is_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-somebody")
+    storage = open_storage("s3://bucket/prefix")
+    pickled = pickle.dumps(storage)
+    assert b"somebody" not in pickled
+    assert pickle.loads(pickled).url == "s3://bucket/prefix"
 
 
 def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path: Path) -> None:

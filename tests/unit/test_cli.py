@@ -15,7 +15,10 @@ from tests.runs import gradstore, make_run
 
 ROOT = Path(__file__).parents[2]
 Invoke = Callable[..., tuple[int, str, str]]
-COMMANDS = ("init", "plan", "doctor", "featurize", "kernel", "contribute", "learn", "score", "report", "run", "status")
+COMMANDS = (
+    *("init", "plan", "doctor", "featurize", "kernel", "contribute", "learn", "score", "report", "run", "status"),
+    *("export", "delete", "prune", "verify", "repair", "gc", "stat"),
+)
 
 
 @pytest.fixture

@@ -1,18 +1,20 @@
-"""Bytes of chunks, tables and documents, and what float16 loses."""
+"""Bytes of chunks, tables and documents."""
 
 from __future__ import annotations
 
 import json
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from gradstore.errors import IntegrityError
 from gradstore.store.codecs import (
-    Rounding,
     checksum,
     decode_chunk,
     decode_document,
@@ -20,61 +22,11 @@ from gradstore.store.codecs import (
     encode_chunk,
     encode_document,
     encode_table,
-    from_half,
-    to_half,
 )
 from gradstore.store.layout import ArrayLayout
 
 LAYOUT = ArrayLayout(shape=(10, 3), chunk_shape=(4, 3), dtype="float32", dimension_names=("example", "feature"))
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.0**-24, 2.0**-40, 2.0**10, 2.0**15, 2.0**16, 2.0**40, 2.0**112])
-def test_every_float16_is_widened_exactly_as_numpy_widens_it(scale: float) -> None:
-    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    out = np.empty(half.shape, np.float32)
-    with np.errstate(invalid="ignore"):
-        expected = half.astype(np.float32) * np.float32(scale)
-        from_half(half, scale, out)
-    np.testing.assert_array_equal(out, expected)
-
-
-@pytest.mark.parametrize("exponent", [-40, 15, 16, 40])
-def test_float16_with_a_large_or_small_scale_reads_back(exponent: int) -> None:
-    values = np.array([0.0, 1.5, -2.25], np.float32) * np.float32(2.0**exponent)
-    half, out = np.empty(3, np.float16), np.empty(3, np.float32)
-    assert to_half(values, 2.0**exponent, half) == Rounding()
-    from_half(half, 2.0**exponent, out)
-    np.testing.assert_array_equal(out, values)
-
-
-def test_widening_keeps_the_sign_of_zero_and_the_bits_of_every_finite_value() -> None:
-    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    half = half[np.isfinite(half)]
-    out = np.empty(half.shape, np.float32)
-    from_half(half, 1.0, out)
-    np.testing.assert_array_equal(out.view(np.uint32), half.astype(np.float32).view(np.uint32))
-
-
-@given(
-    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=50), st.integers(-20, 20)
-)
-def test_narrowing_counts_what_numpy_would_have_lost(values: list[float], exponent: int) -> None:
-    array, scale = np.array(values, np.float32), 2.0**exponent
-    half = np.empty(array.shape, np.float16)
-    rounding = to_half(array, scale, half)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        expected = (array / np.float32(scale)).astype(np.float16)
-    saturated = np.isinf(expected) & np.isfinite(array)
-    expected[saturated] = np.copysign(np.float16(65504), expected[saturated])
-    np.testing.assert_array_equal(half, expected)
-    assert rounding == Rounding(saturated=int(saturated.sum()), flushed=int(((expected == 0) & (array != 0)).sum()))
-
-
-def test_infinite_and_nan_features_stay_what_they_are() -> None:
-    half = np.empty(5, np.float16)
-    rounding = to_half(np.array([np.inf, -np.inf, np.nan, 1e9, -1e9], np.float32), 1.0, half)
-    np.testing.assert_array_equal(half, np.array([np.inf, -np.inf, np.nan, 65504, -65504], np.float16))
-    assert rounding == Rounding(saturated=2, flushed=0)
+PACKED = replace(LAYOUT, compression="blosc")
 
 
 def test_a_chunk_reads_back_and_its_missing_rows_are_nan() -> None:
@@ -96,9 +48,60 @@ def test_any_flipped_bit_of_a_chunk_is_noticed(byte: int, bit: int) -> None:
     assert decode_chunk(np.frombuffer(data, np.uint8), LAYOUT) is None
 
 
-def test_a_truncated_chunk_is_noticed() -> None:
-    data = b"".join(encode_chunk(np.ones((4, 3), np.float32), LAYOUT).parts)
-    assert decode_chunk(np.frombuffer(data[:-1], np.uint8), LAYOUT) is None
+@pytest.mark.parametrize("layout", [LAYOUT, PACKED])
+def test_a_truncated_chunk_is_noticed(layout: ArrayLayout) -> None:
+    payload = encode_chunk(np.ones((4, 3), np.float32), layout)
+    data = b"".join(payload.parts)
+    for size in range(len(data)):
+        assert decode_chunk(np.frombuffer(data[:size], np.uint8), layout) is None
+        assert payload.inspect(data[:size]) is None
+    assert payload.inspect(data) == payload.crc32c
+
+
+def test_what_a_chunk_lacks_is_filled_with_what_its_type_has_for_no_number() -> None:
+    layout = replace(LAYOUT, dtype="uint16", fill_value=0x7FC0)
+    data = np.frombuffer(b"".join(encode_chunk(np.ones((1, 3), np.uint16), layout).parts), np.uint8)
+    decoded = decode_chunk(data, layout)
+    assert decoded is not None
+    assert decoded[0].tolist() == [[1, 1, 1]] + [[0x7FC0] * 3] * 3
+
+
+@given(arrays.arrays(np.float32, (4, 3), elements=st.floats(width=32)))
+def test_a_compressed_chunk_reads_back_with_the_checksum_of_its_stored_bytes(values: np.ndarray) -> None:
+    payload = encode_chunk(values, PACKED)
+    data = np.frombuffer(b"".join(payload.parts), np.uint8)
+    assert payload.bytes == data.size <= PACKED.chunk_bytes
+    spare = np.empty(PACKED.buffer_bytes - PACKED.chunk_bytes, np.uint8)
+    decoded = decode_chunk(data, PACKED, spare)
+    assert decoded is not None
+    assert decoded[0].tobytes() == values.tobytes()
+    assert np.shares_memory(decoded[0], spare)
+    assert decoded[1] == payload.crc32c == checksum(data[:-4])
+
+
+@given(st.integers(0, 10_000), st.integers(0, 7))
+def test_any_flipped_bit_of_a_compressed_chunk_is_noticed(byte: int, bit: int) -> None:
+    data = bytearray(b"".join(encode_chunk(np.ones((4, 3), np.float32), PACKED).parts))
+    data[byte % len(data)] ^= 1 << bit
+    assert decode_chunk(np.frombuffer(data, np.uint8), PACKED) is None
+
+
+def test_a_chunk_that_cannot_be_compressed_fits_its_buffer() -> None:
+    layout = replace(PACKED, shape=(64, 1024), chunk_shape=(64, 1024), dtype="int8", fill_value=-128)
+    values = np.random.default_rng(0).integers(-128, 128, (64, 1024), np.int8)
+    payload = encode_chunk(values, layout)
+    assert layout.raw_bytes < payload.bytes <= layout.chunk_bytes
+
+
+def test_repetition_is_compressed_and_always_to_the_same_bytes() -> None:
+    layout = replace(PACKED, shape=(2048, 1024), chunk_shape=(2048, 1024))
+    values = np.arange(2**21, dtype=np.float32).reshape(2048, 1024)
+    payloads = [encode_chunk(values, layout)]
+    thread = threading.Thread(target=lambda: payloads.append(encode_chunk(values, layout)))
+    thread.start()
+    thread.join()
+    assert payloads[0].parts == payloads[1].parts
+    assert payloads[0].bytes < layout.raw_bytes / 10
 
 
 def test_a_table_reads_back_whole_or_by_column_and_damage_is_noticed() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from itertools import count
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +11,12 @@ import pytest
 
 from gradstore.errors import DataError, IntegrityError, SupersededError
 from gradstore.store.backend import Storage, open_storage
+from gradstore.store.dtypes import DTYPES, DtypeName
 from gradstore.store.features import FeatureSet, FeatureStore, SetInfo, erase_rows, finish_erasure, is_finished
 from tests import stores
 from tests.storages import Killed, KillingStorage
 
 _NAMES = count()
-Dtype = Literal["float32", "float16"]
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def statistics(info: SetInfo, features: dict[str, np.ndarray]) -> pa.Table:
     return pa.table({"group": list(features), "rows": valid})
 
 
-def written(storage: Storage, blocks: int = 3, dtype: Dtype = "float32") -> FeatureSet:
+def written(storage: Storage, blocks: int = 3, dtype: DtypeName = "float32") -> FeatureSet:
     made = stores.create(storage, stores.set_info(dtype=dtype))
     for block in range(blocks):
         stores.write(made, block)
@@ -52,8 +51,8 @@ def bytes_of_row(info: SetInfo, row: int) -> list[bytes]:
     return [*values, f"content {row}".encode(), f"example {row}".encode(), f"label {row}".encode()]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_an_erased_row_is_gone_and_every_other_is_what_it_was(storage: Storage, dtype: Dtype) -> None:
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_an_erased_row_is_gone_and_every_other_is_what_it_was(storage: Storage, dtype: DtypeName) -> None:
     before = written(storage, dtype=dtype)
     kept = {block: before.read_block(block) for block in range(3)}
     assert erase(storage, [5, 9]) == [1, 2]
@@ -105,11 +104,12 @@ def uncompressed(objects: dict[str, bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("changes", range(14))
+@pytest.mark.parametrize("changes", range(15))
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_an_erasure_that_is_killed_at_any_change_is_finished_by_the_next(
-    storage: Storage, changes: int, after: bool
+    storage: Storage, dtype: DtypeName, changes: int, after: bool
 ) -> None:
-    before = written(storage)
+    before = written(storage, dtype=dtype)
     kept = before.read_block(1)
     with suppress(Killed):
         erase(KillingStorage(storage, changes=changes, after=after), [5])

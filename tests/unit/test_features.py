@@ -347,7 +347,8 @@ def test_a_column_without_a_type_is_refused_because_other_tools_could_not_join_t
     [
         ({"name": "../x"}, "found '../x'"),
         ({"block_rows": 0}, "blocks need at least one"),
-        ({"dtype": "int8"}, "accepted: float32, float16"),
+        ({"dtype": "int16"}, "dtype: found .int16.; accepted: float32, float16, bfloat16, int8"),
+        ({"compression": "zip"}, "compression: found .zip.; accepted: none, blosc"),
         ({"members": ("m0", "m0")}, "each of its own"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradstore.errors import NotReadyError
+from gradstore.errors import NotReadyError, SpecError
 from gradstore.store.features import FeatureStore
 from tests import stores
 
@@ -33,6 +33,12 @@ def test_every_member_has_features_records_and_tables_of_its_own(url: str) -> No
         np.testing.assert_array_equal(array, stores.features(info, 1)[name])
     with pytest.raises(NotReadyError, match=r"has no member third; found: first, second"):
         opened.open_set("train", "third")
+
+
+@pytest.mark.parametrize("name", ["blocks", "scales"])
+def test_a_member_that_is_called_like_a_folder_of_the_set_is_refused(name: str) -> None:
+    with pytest.raises(SpecError, match=f"members: found '{name}', which is another folder's name"):
+        replace(stores.set_info(), members=(name,))
 
 
 def test_the_rows_that_are_not_valid_are_known_without_reading_the_features(url: str) -> None:

@@ -15,7 +15,7 @@ from gradstore.cluster import Engine
 from gradstore.errors import ResourceError
 from gradstore.numerics.kernel import spectrum
 from gradstore.plan import FILE_BYTES, Plan, make_plan
-from gradstore.plan.memory import CHUNKS_AT_ONCE, READ_BYTES
+from gradstore.plan.memory import BLOCKS_OF_SCALES, CHUNKS_AT_ONCE, READ_BYTES
 from gradstore.plan.sizes import RANKED_ROWS, StagePlan, learner_tile, query_tile
 from gradstore.plan.stages import QUERY_SETS
 from gradstore.spec import read_spec
@@ -27,6 +27,7 @@ from gradstore.stages.score.stage import PRECISION_K
 from gradstore.store.artifacts import KernelArtifact
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureStore
+from gradstore.store.features.chunks import KEPT_SCALES
 from tests.runs import InThisProcess, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,17 @@ REFERENCE = ROOT / "pipelines" / "openwebtext-llama3-8b" / "run.toml"
         {"contribute": {"dtype": "float16"}, "kernel": {"kind": "identity"}, "features": {"block_rows": 5}},
         {"model": {"members": [{"name": "early", "eta": 0.5}, {"name": "late"}]}},
         {"features": {"projection": {"kind": "lorif", "rank": 4, "matrices": "pca", "pca_rows": 8}}},
+        {"features": {"dtype": "int8"}, "model": {"members": [{"name": "early", "eta": 0.5}, {"name": "late"}]}},
+        {"features": {"dtype": "bfloat16", "projection": {"kind": "lorif", "rank": 4}}},
     ],
-    ids=["spectra and float32", "no spectra and float16", "members", "factors of principal components"],
+    ids=[
+        "spectra and float32",
+        "no spectra and float16",
+        "members",
+        "factors of principal components",
+        "scales of rows, of members",
+        "bfloat16 factors",
+    ],
 )
 def test_a_run_writes_the_objects_and_array_bytes_that_were_planned(
     tiny_run: Path, tmp_path: Path, changes: dict[str, dict[str, Any]]
@@ -70,6 +80,7 @@ def test_what_the_plan_repeats_of_other_layers_is_what_they_say(tmp_path: Path) 
     assert READ_BYTES == contribute_stage.READ_BYTES
     assert QUERY_SETS == contribute_stage.QUERY_SETS
     assert RANKED_ROWS == PRECISION_K
+    assert BLOCKS_OF_SCALES == KEPT_SCALES + 2
     assert CHUNKS_AT_ONCE[0] == open_storage(str(tmp_path)).concurrency
 
 
@@ -126,6 +137,35 @@ def test_contribute_counts_the_queries_of_both_sets(spectra: str) -> None:
     block_rows, groups = both.sets["train"].block_rows, len(both.widths)
     assert more == 499 * 4 * (both.features + block_rows * groups)
     assert stages_of(both)["kernel"].tasks == (32 if spectra == "block" else 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_the_plan_says_what_the_train_features_take_in_every_dtype(dtype: str) -> None:
+    spec = read_spec(REFERENCE)
+    features = spec.features.model_copy(update={"dtype": dtype})
+    plan = make_plan(spec.model_copy(update={"features": features}))
+    rows = plan.sets["train"].rows
+    numbers, scales = rows * sum(plan.widths), 4 * rows * 224
+    assert plan.to_json()["dtype_bytes"] == {
+        "float32": 4 * numbers,
+        "float16": 2 * numbers,
+        "bfloat16": 2 * numbers,
+        "int8": numbers + scales,
+    }
+    assert plan.sets["train"].feature_bytes == plan.dtype_bytes[dtype]
+    assert plan.sets["eval"].dtype == "float32"
+    assert set(plan.to_json()["dtype_errors"]) == set(plan.dtype_bytes)
+
+
+def test_a_compressed_store_takes_no_more_than_planned_and_says_that_it_may_take_less() -> None:
+    spec = read_spec(REFERENCE)
+    packed = spec.model_copy(update={"features": spec.features.model_copy(update={"compression": "blosc"})})
+    plain, compressed = make_plan(spec), make_plan(packed)
+    assert compressed.sets["train"].feature_bytes == plain.sets["train"].feature_bytes
+    assert any("before compression, which saved 5% of float16" in note for note in compressed.notes)
+    # Chunks are held both as they are stored and as they are read.
+    more = stages_of(compressed)["kernel"].task_memory_bytes - stages_of(plain)["kernel"].task_memory_bytes
+    assert more >= CHUNKS_AT_ONCE[0] * plain.sets["train"].largest_chunk_bytes
 
 
 def test_learn_writes_weights_once_an_epoch() -> None:

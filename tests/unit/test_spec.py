@@ -58,6 +58,15 @@ def test_keys_of_a_split_win_over_the_shared_defaults() -> None:
         (lambda v: v["data"]["train"].pop("rows"), r"data\.train declares no rows, so it takes all of the source"),
         (lambda v: v.update(features={"groups": 3}), r"features\.groups: found 3"),
         (
+            lambda v: v.update(features={"dtype": "float8"}),
+            r"features\.dtype: found 'float8'; accepted: 'float32', 'float16', 'bfloat16' or 'int8'",
+        ),
+        (
+            lambda v: v.update(features={"compression": "zip"}),
+            r"features\.compression: found 'zip'; accepted: 'none' or 'blosc'",
+        ),
+        (lambda v: v.update(contribute={"dtype": "int8"}), r"contribute\.dtype: found 'int8'; accepted: 'float32' or"),
+        (
             lambda v: v.update(learn={"name": "unweighted"}),
             r"learn\.name: found 'unweighted', which has another meaning",
         ),
@@ -65,6 +74,10 @@ def test_keys_of_a_split_win_over_the_shared_defaults() -> None:
         (
             lambda v: v.update(learn={"learning_rate": float("inf")}),
             r"learn\.learning_rate: found inf; accepted: a finite",
+        ),
+        (
+            lambda v: v["model"].update(members=[{"name": "inputs"}]),
+            "found the name inputs, which is another folder's",
         ),
         (lambda v: v["run"].update(name="../up"), r"run\.name: found '\.\./up'"),
     ],

@@ -15,6 +15,7 @@ from gradstore.spec import RunSpec
 from gradstore.stages.featurize.batches import batches, compute
 from gradstore.stages.featurize.block import refuse_invalid
 from gradstore.stages.loading import Loaded, load_first
+from gradstore.store.dtypes import nearest_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,7 @@ def prepare(run: Mapping[str, Any], member: str, probe: Sequence[Example]) -> di
 def _scale(mean_squares: Sequence[float]) -> float:
     finite = [value for value in mean_squares if math.isfinite(value)]
     mean_square = math.fsum(finite) / max(len(finite), 1)
-    return 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
+    return nearest_scale(math.sqrt(mean_square))
 
 
 def refuse_inexact(loaded: Loaded, examples: Sequence[Example]) -> None:

@@ -21,6 +21,7 @@ from gradstore.stages.featurize.tables import statistics_of
 from gradstore.stages.loading import THREADS
 from gradstore.stages.progress import Progress
 from gradstore.store.backend import open_storage
+from gradstore.store.dtypes import DTYPES
 from gradstore.store.examples import Example, data_hash
 from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo, finish_erasure
 
@@ -118,6 +119,7 @@ def _note_what_stays(progress: Progress, asked: SetInfo, stored: SetInfo) -> Non
     """Tell of settings that a set keeps from its creation, because they do not change what its numbers mean."""
     kept = {
         "dtype": (asked.dtype, stored.dtype),
+        "compression": (asked.compression, stored.compression),
         "block_rows": (asked.block_rows, stored.block_rows),
         "token_budget": (asked.recorded["token_budget"], stored.recorded["token_budget"]),
     }
@@ -143,13 +145,14 @@ def _prepare_on_workers(spec: RunSpec, engine: Engine, probe: Sequence[Example])
 
 def _set_info(plan: Plan, planned: SetPlan, hash_of_data: str, prepared: Mapping[str, Mapping[str, Any]]) -> SetInfo:
     found = [*prepared.values()]
+    scaled = DTYPES[planned.dtype].scaled == "array"
 
     def array(group: ParameterGroup) -> FeatureArray:
         return FeatureArray(
             name=group.name,
             features=plan.projection.width(group),
             # One for all members: checkpoints of one model have features of one size.
-            scale=max(item["scales"][group.name] for item in found) if planned.dtype == "float16" else 1.0,
+            scale=max(item["scales"][group.name] for item in found) if scaled else 1.0,
             depth=group.depth,
             function=group.function,
             parts=_parts(group, plan.projection),
@@ -160,6 +163,7 @@ def _set_info(plan: Plan, planned: SetPlan, hash_of_data: str, prepared: Mapping
         rows=planned.rows,
         block_rows=planned.block_rows,
         dtype=planned.dtype,
+        compression=planned.compression,
         arrays=tuple(array(group) for group in plan.partition.groups),
         data_hash=hash_of_data,
         members=tuple(prepared),
@@ -205,7 +209,7 @@ def _write_missing_blocks(spec: RunSpec, engine: Engine, progress: Progress, fea
             advance(task.rows)
     if saturated:
         progress.note(
-            f"features/{info.name}: {saturated:,} values were too large for float16 and are stored as its largest"
+            f"features/{info.name}: {saturated:,} values were too large for {info.dtype} and are stored as its largest"
         )
     _count_invalid_rows(spec, progress, feature_set)
 

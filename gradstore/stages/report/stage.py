@@ -25,6 +25,7 @@ from gradstore.stages.report.page import render_page
 from gradstore.stages.report.terminal import render_tables
 from gradstore.stages.status import status
 from gradstore.store.artifacts import ScoresArtifact, WeightsArtifact
+from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureSet, FeatureStore
 
 if TYPE_CHECKING:
@@ -177,9 +178,7 @@ def _feature_bytes(store: FeatureStore) -> int:
     total = 0
     for name in store.set_names():
         info = store.open_set(name).info
-        total += (
-            info.num_examples * sum(array.features for array in info.arrays) * (2 if info.dtype == "float16" else 4)
-        )
+        total += info.num_examples * sum(array.features for array in info.arrays) * DTYPES[info.dtype].item_bytes
     return total
 
 

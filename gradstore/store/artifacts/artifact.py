@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Final, Self
@@ -93,7 +94,7 @@ class ArtifactStatus:
         return f"{FOLDERS[self.kind][0]}/{self.name}"
 
 
-class Artifact:
+class Artifact(ABC):
     """An artifact of a store; its kinds add how their units are written and read.
 
     Attributes
@@ -130,6 +131,20 @@ class Artifact:
         """Whether every unit is committed."""
         return not self.missing_units()
 
+    @abstractmethod
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """Layout of every Zarr array, by its path in the artifact."""
+
+    @abstractmethod
+    def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
+        """Every object that the record of a unit names, by its path in the artifact: of a chunk with the array's layout."""
+
+    @classmethod
+    def find(cls, storage: Storage, folder: str) -> Self | None:
+        """Open the artifact in a folder of a store, or return None if there is none."""
+        info = _read_info(storage, cls.kind, folder)
+        return None if info is None else cls(storage, folder, info)
+
     @classmethod
     def _create(cls, storage: Storage, names: tuple[str, ...], info: ArtifactInfo) -> Self:
         """Create the artifact, or open the one that is there if its settings are equal.
@@ -155,12 +170,12 @@ class Artifact:
     @classmethod
     def _open(cls, storage: Storage, names: tuple[str, ...]) -> Self:
         folder = _folder(cls.kind, names)
-        info = _read_info(storage, cls.kind, folder)
-        if info is None:
+        found = cls.find(storage, folder)
+        if found is None:
             raise NotReadyError(
                 f"{storage.url}/{folder}: there is no such artifact. Run `gradstore {VERBS[cls.kind]}` first."
             )
-        return cls(storage, folder, info)
+        return found
 
     def _publish_arrays(self, arrays: Mapping[str, ArrayLayout], chunks: Mapping[str, Payload] | None = None) -> None:
         """Publish metadata of arrays and chunks that are known already, by path, where there is none yet or no more."""
@@ -211,6 +226,11 @@ class Artifact:
         return self.log.read(
             record, place, lambda: read_chunk(self.storage, place, entry, layout, buffer, remedy=remedy)
         )
+
+
+def only_chunks(arrays: Mapping[str, ArrayLayout]) -> dict[str, ArrayLayout | None]:
+    """Layout, by path of the chunk, of arrays of one chunk each."""
+    return {chunk_path(path, *(0 for _ in layout.shape)): layout for path, layout in arrays.items()}
 
 
 def list_artifacts(storage: Storage) -> list[ArtifactStatus]:

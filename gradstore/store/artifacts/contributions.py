@@ -118,11 +118,7 @@ class ContributionArtifact(Artifact):
         )
         made = cls._create(storage, (kernel, feature_set), info)
         # Of what is there, which the first of several creators divided and scaled.
-        arrays, chunks = {_ARRAY: made.shape.layout()}, {}
-        if made.shape.dtype == "float16":
-            arrays[_SCALE] = _scale_layout(made.shape.queries)
-            chunks[chunk_path(_SCALE, 0)] = encode_chunk(made.scales, arrays[_SCALE])
-        made._publish_arrays(arrays, chunks)
+        made._publish_arrays(made.arrays(), made.scale_chunks())
         return made
 
     @classmethod
@@ -141,6 +137,22 @@ class ContributionArtifact(Artifact):
     def scales(self) -> npt.NDArray[np.float32]:
         """What the stored values of every query are multiplied by, [queries]; ones for float32."""
         return np.array(self.info.recorded["scales"], np.float32)
+
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """See `Artifact.arrays`."""
+        scaled = self.shape.dtype == "float16"
+        return {_ARRAY: self.shape.layout(), **({_SCALE: _scale_layout(self.shape.queries)} if scaled else {})}
+
+    def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
+        """See `Artifact.unit_objects`."""
+        layout = self.shape.layout()
+        return {chunk_path(_ARRAY, tile, unit, 0): layout for tile in range(self.shape.num_tiles)}
+
+    def scale_chunks(self) -> dict[str, Payload]:
+        """Chunks of ``values/scale``, by path: known from artifact.json, so that no record names them."""
+        if self.shape.dtype != "float16":
+            return {}
+        return {chunk_path(_SCALE, 0): encode_chunk(self.scales, _scale_layout(self.shape.queries))}
 
     def write_block(self, block: int, contributions: npt.NDArray[np.float32], *, facts: Mapping[str, Any]) -> Record:
         """Write and commit a block: float32 [queries, rows of the block, groups].

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
+from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo, only_chunks
 from gradstore.store.backend import Storage
 from gradstore.store.codecs import encode_chunk
 from gradstore.store.commits import Record
@@ -61,13 +61,8 @@ class KernelArtifact(Artifact):
             settings={**settings, "widths": dict(widths)},
             recorded={"bundles": [list(bundle) for bundle in bundles]},
         )
-        arrays = {}
-        for group, width in widths.items():
-            values, vectors = _layouts(group, width)
-            arrays[group_array("eigenvalues", group)] = values
-            arrays[group_array("eigenvectors", group)] = vectors
         made = cls._create(storage, (name, member), info)
-        made._publish_arrays(arrays)
+        made._publish_arrays(made.arrays())
         return made
 
     @classmethod
@@ -79,6 +74,14 @@ class KernelArtifact(Artifact):
     def bundles(self) -> list[list[str]]:
         """The groups of every bundle."""
         return [list(bundle) for bundle in self.info.recorded["bundles"]]
+
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """See `Artifact.arrays`."""
+        return self._arrays_of(self.settings["widths"])
+
+    def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
+        """See `Artifact.unit_objects`."""
+        return only_chunks(self._arrays_of(self.bundles[unit]))
 
     def write_bundle(
         self,
@@ -117,6 +120,14 @@ class KernelArtifact(Artifact):
         values = self._read_chunk(bundle, group_array("eigenvalues", group), value_layout)
         vectors = self._read_chunk(bundle, group_array("eigenvectors", group), vector_layout)
         return values, vectors
+
+    def _arrays_of(self, groups: Iterable[str]) -> dict[str, ArrayLayout]:
+        found = {}
+        for group in groups:
+            values, vectors = _layouts(group, self.settings["widths"][group])
+            found[group_array("eigenvalues", group)] = values
+            found[group_array("eigenvectors", group)] = vectors
+        return found
 
 
 def _layouts(group: str, width: int) -> tuple[ArrayLayout, ArrayLayout]:

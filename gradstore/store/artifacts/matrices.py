@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
+from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo, only_chunks
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import in_parallel
 from gradstore.store.codecs import encode_chunk
@@ -60,13 +60,7 @@ class MatricesArtifact(Artifact):
             recorded={"bundles": [list(bundle) for bundle in bundles]},
         )
         made = cls._create(storage, (name,), info)
-        made._publish_arrays(
-            {
-                group_array(side, part): _layout(part, side, shapes[part][place])
-                for part in shapes
-                for place, side in enumerate(SIDES)
-            }
-        )
+        made._publish_arrays(made.arrays())
         return made
 
     @classmethod
@@ -78,6 +72,14 @@ class MatricesArtifact(Artifact):
     def bundles(self) -> list[list[str]]:
         """The parts of every bundle."""
         return [list(bundle) for bundle in self.info.recorded["bundles"]]
+
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """See `Artifact.arrays`."""
+        return self._arrays_of(self.settings["shapes"])
+
+    def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
+        """See `Artifact.unit_objects`."""
+        return only_chunks(self._arrays_of(self.bundles[unit]))
 
     def write_bundle(self, bundle: int, matrices: Mapping[str, Pair], *, facts: Mapping[str, Any]) -> Record:
         """Write and commit a bundle: (P_o, P_i) of each of its parts."""
@@ -113,6 +115,13 @@ class MatricesArtifact(Artifact):
         items = [(bundle, part) for bundle, parts in enumerate(self.bundles) for part in parts]
         pairs = in_parallel(read, items, threads=self.storage.concurrency)
         return {part: pair for (_, part), pair in zip(items, pairs, strict=True)}
+
+    def _arrays_of(self, parts: Iterable[str]) -> dict[str, ArrayLayout]:
+        return {
+            group_array(side, part): _layout(part, side, self.settings["shapes"][part][place])
+            for part in parts
+            for place, side in enumerate(SIDES)
+        }
 
 
 def _layout(part: str, side: str, shape: Sequence[int]) -> ArrayLayout:

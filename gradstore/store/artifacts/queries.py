@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
+from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo, only_chunks
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import in_parallel
 from gradstore.store.codecs import encode_chunk
@@ -57,9 +57,8 @@ class QueryArtifact(Artifact):
             num_units=1,
             settings={**settings, "queries": queries, "widths": dict(widths)},
         )
-        arrays = {group_array(_ARRAYS, group): _layout(group, queries, width) for group, width in widths.items()}
         made = cls._create(storage, (kernel, *place), info)
-        made._publish_arrays(arrays)
+        made._publish_arrays(made.arrays())
         return made
 
     @classmethod
@@ -71,6 +70,14 @@ class QueryArtifact(Artifact):
     def widths(self) -> dict[str, int]:
         """Features of every group."""
         return dict(self.settings["widths"])
+
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """See `Artifact.arrays`."""
+        return {group_array(_ARRAYS, group): self._layout(group) for group in self.widths}
+
+    def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
+        """See `Artifact.unit_objects`."""
+        return only_chunks(self.arrays())
 
     def write(self, features: Mapping[str, npt.NDArray[np.float32]], *, facts: Mapping[str, Any]) -> Record:
         """Write and commit the features, float32 [queries, k_j] by group."""

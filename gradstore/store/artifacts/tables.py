@@ -11,6 +11,7 @@ from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
 from gradstore.store.backend import Storage
 from gradstore.store.codecs import decode_document, decode_table, encode_document, encode_table
 from gradstore.store.commits import Record
+from gradstore.store.layout import ArrayLayout
 
 _WEIGHTS = "weights.parquet"
 _TRAJECTORY = "trajectory.parquet"
@@ -20,6 +21,16 @@ _SUMMARY = "summary.json"
 
 class _TablesArtifact(Artifact):
     """An artifact of one unit, under one name, without arrays."""
+
+    objects: ClassVar[tuple[str, ...]]
+
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """See `Artifact.arrays`; it has none."""
+        return {}
+
+    def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
+        """See `Artifact.unit_objects`."""
+        return dict.fromkeys(self.objects)
 
     @classmethod
     def create(cls, storage: Storage, name: str, *, settings: Mapping[str, Any]) -> Self:
@@ -42,6 +53,7 @@ class WeightsArtifact(_TablesArtifact):
     """Learned weights w[j] and how they were reached, at ``weights/<name>``; one unit is the whole."""
 
     kind: ClassVar[str] = "weights"
+    objects: ClassVar[tuple[str, ...]] = (_WEIGHTS, _TRAJECTORY)
 
     def write(self, weights: pa.Table, trajectory: pa.Table, *, facts: Mapping[str, Any]) -> Record:
         """Write and commit the artifact.
@@ -71,6 +83,7 @@ class ScoresArtifact(_TablesArtifact):
     """Proponents and opponents of every query, and what they amount to, at ``scores/<name>``; one unit is the whole."""
 
     kind: ClassVar[str] = "scores"
+    objects: ClassVar[tuple[str, ...]] = (_PROPONENTS, _SUMMARY)
 
     def write(self, proponents: pa.Table, summary: Mapping[str, Any], *, facts: Mapping[str, Any]) -> Record:
         """Write and commit the artifact.

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from gradstore.errors import SpecError
+from gradstore.store.backend.cache import cached
 from gradstore.store.backend.directory import DirectoryStorage
 from gradstore.store.backend.memory import MemoryStorage
 from gradstore.store.backend.protocol import ObjectInfo, Part, Storage
@@ -14,36 +15,50 @@ from gradstore.store.backend.protocol import ObjectInfo, Part, Storage
 __all__ = ["ObjectInfo", "Part", "Storage", "open_storage"]
 
 S3_CLIENTS = ("obstore", "s3fs")
+_FSYNC = {"on": True, "off": False}
 
 
-def open_storage(url: str) -> Storage:
+def open_storage(url: str, *, copies: bool = True) -> Storage:
     """Open the storage that a URL names; nothing is created or contacted before the first request.
 
     Parameters
     ----------
     url
         A directory, ``file:///absolute/path``, ``s3://bucket/prefix``, or ``memory://name``, which lives as long as the
-        process. For s3://, credentials, region and endpoint come from the environment (``AWS_ACCESS_KEY_ID``,
-        ``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``); ``GRADSTORE_S3_CLIENT=s3fs`` reads and writes
-        through s3fs instead of obstore.
+        process. For s3://, credentials, region and endpoint come from the environment or the profile that it names.
+    copies
+        Whether objects may be read from the folder that ``GRADSTORE_CACHE`` names; not by who checks the objects themselves.
 
     Raises
     ------
     SpecError
-        If the URL names no kind of storage that gradstore knows.
+        If the URL names no kind of storage that gradstore knows, or a variable of gradstore's holds what it must not.
     StorageError
         If it is s3:// and the client is not installed.
+
+    Notes
+    -----
+    Variables of the environment, all described in docs/storage.md: ``GRADSTORE_FSYNC`` for directories;
+    ``GRADSTORE_S3_CLIENT``, ``GRADSTORE_S3_RETRY_SECONDS``, ``GRADSTORE_CACHE`` and ``GRADSTORE_CACHE_BYTES`` for s3://.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        return DirectoryStorage(Path(url).absolute())
+        return DirectoryStorage(Path(url).absolute(), _durable())
     if scheme == "file":
-        return DirectoryStorage(Path(unquote(urlsplit(url).path)).absolute())
+        return DirectoryStorage(Path(unquote(urlsplit(url).path)).absolute(), _durable())
     if scheme == "memory":
         return MemoryStorage(rest.strip("/"))
     if scheme == "s3":
-        return _open_s3(url, *rest.rstrip("/").partition("/")[::2])
+        storage = _open_s3(url, *rest.rstrip("/").partition("/")[::2])
+        return cached(storage) if copies else storage
     raise SpecError(f"run.store: found {url!r}; accepted: a directory, file:///path, s3://bucket/prefix.")
+
+
+def _durable() -> bool:
+    value = os.environ.get("GRADSTORE_FSYNC", "on")
+    if value not in _FSYNC:
+        raise SpecError(f"GRADSTORE_FSYNC: found {value!r}; accepted: {', '.join(_FSYNC)}.")
+    return _FSYNC[value]
 
 
 def _open_s3(url: str, bucket: str, prefix: str) -> Storage:
@@ -52,10 +67,6 @@ def _open_s3(url: str, bucket: str, prefix: str) -> Storage:
     client = os.environ.get("GRADSTORE_S3_CLIENT", S3_CLIENTS[0])
     if client not in S3_CLIENTS:
         raise SpecError(f"GRADSTORE_S3_CLIENT: found {client!r}; accepted: {', '.join(S3_CLIENTS)}.")
-    if client == "s3fs":
-        from gradstore.store.backend.s3fs import S3fsStorage
-
-        return S3fsStorage(bucket, prefix)
     from gradstore.store.backend.s3 import S3Storage
 
-    return S3Storage(bucket, prefix)
+    return S3Storage(bucket, prefix, client)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
+from typing import Final
 from uuid import uuid4
 
 from gradstore.errors import IntegrityError, ObjectMissingError, StorageError
-from gradstore.store.backend.protocol import ObjectInfo, Part
+from gradstore.store.backend.protocol import ObjectInfo, Part, is_document
 
 # A writer that dies leaves its temporary file behind; no listing shows it, and no reader opens it.
-TEMPORARY = ".gradstore-"
-# No living writer takes that long for one object.
-_ABANDONED_SECONDS = 3600
+TEMPORARY: Final = ".gradstore-"
 
-_REMEDIES = {
+# The kernel takes no more parts at once.
+_PARTS_AT_ONCE: Final = 1024
+
+_REMEDIES: Final = {
     errno.EACCES: "Give this user access to the directory, or choose another run.store.",
     errno.EPERM: "The file system must allow hard links to this user; choose another run.store.",
     errno.ENOTSUP: "The file system must have hard links; choose another run.store.",
@@ -35,15 +38,33 @@ class DirectoryStorage:
 
     An object is written to a temporary file beside its place, synced to the disk, and given its name by a hard link,
     which fails where the name exists: that is put-if-absent without a lock, also between machines that share the disk.
+
+    Names are durable when their folders are synced. That happens before a document is published, for all folders that
+    changed since the last one, because a commit record must not outlive the names that it lists: a block of 224 objects
+    then waits for the journal of the disk a few times instead of 448.
+
+    Parameters
+    ----------
+    root
+        The directory; absolute.
+    durable
+        False to sync nothing. That is faster; after a power failure objects may be lost or torn, which checksums show.
+        A process that is killed harms nothing either way.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, durable: bool = True) -> None:
         self._root = root
+        self._durable = durable
+        self._unsynced: set[Path] = set()
+        self._changing = Lock()
+        self._syncing = Lock()
+        # Folders that are there, as far as this storage knows, and whose own names it has noted to be synced.
+        self._parents: set[Path] = set()
         self.url = str(root)
         self.concurrency = 4
 
-    def __reduce__(self) -> tuple[type[DirectoryStorage], tuple[Path]]:
-        return DirectoryStorage, (self._root,)
+    def __reduce__(self) -> tuple[type[DirectoryStorage], tuple[Path, bool]]:
+        return DirectoryStorage, (self._root, self._durable)
 
     def read(self, path: str) -> bytes:
         """See `Storage.read`."""
@@ -52,24 +73,42 @@ class DirectoryStorage:
 
     def read_into(self, path: str, buffer: memoryview) -> int:
         """See `Storage.read_into`."""
-        with self._explained(path), (self._root / path).open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        with self._explained(path), _opened(self._root / path, os.O_RDONLY) as descriptor:
+            size = os.fstat(descriptor).st_size
             if size > len(buffer):
                 raise IntegrityError(f"{self.url}/{path}: has {size} bytes; at most {len(buffer)} belong there.")
             done = 0
-            while done < size and (count := file.readinto(buffer[done:size])):
+            while done < size and (count := os.readv(descriptor, [buffer[done:size]])):
                 done += count
             return done
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         """See `Storage.publish`."""
-        target = self._root / path
-        with self._explained(path):
-            _make_folder(target.parent)
-            published = not target.exists() and _write_and_link(target, parts)
-            # Also when another writer won: a record that names its object must not outlive the object's name.
-            _sync_folder(target.parent)
-            return published
+
+        def link_if_absent(target: Path) -> bool:
+            if target.exists():
+                return False
+            with self._written(target.parent, parts) as temporary:
+                try:
+                    target.hardlink_to(temporary)
+                except FileExistsError:
+                    return False
+            return True
+
+        return self._change(path, link_if_absent)
+
+    def replace(self, path: str, parts: Sequence[Part]) -> None:
+        """See `Storage.replace`."""
+
+        def rename(target: Path) -> bool:
+            with self._written(target.parent, parts) as temporary:
+                temporary.replace(target)
+            return True
+
+        self._change(path, rename)
+
+    def forget(self, path: str) -> None:
+        """See `Storage.forget`; no copies are kept."""
 
     def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
         """See `Storage.list_objects`."""
@@ -78,8 +117,8 @@ class DirectoryStorage:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir():
                     yield from self.list_objects(path)
-                elif (size := _size(entry)) is not None:
-                    yield ObjectInfo(path=path, bytes=size)
+                elif (info := _info(path, entry)) is not None:
+                    yield info
 
     def list_folders(self, folder: str) -> list[str]:
         """See `Storage.list_folders`."""
@@ -92,15 +131,102 @@ class DirectoryStorage:
         with self._explained(path):
             if target.exists():
                 target.unlink(missing_ok=True)
-                _sync_folder(target.parent)
+                self._sync(target.parent)
 
-    def sweep(self, folder: str) -> None:
+    def sweep(self, folder: str, *, grace_seconds: float = 3600.0, dry_run: bool = False) -> list[ObjectInfo]:
         """See `Storage.sweep`."""
+        abandoned = []
         with self._explained(folder):
-            for parent, _, names in os.walk(self._root / folder):
-                for name in names:
-                    if name.startswith(TEMPORARY):
-                        _remove_abandoned(Path(parent, name))
+            for info in self._temporary_files(folder):
+                if info.modified < time.time() - grace_seconds:
+                    abandoned.append(info)
+                    if not dry_run:
+                        (self._root / info.path).unlink(missing_ok=True)
+        return abandoned
+
+    def _temporary_files(self, folder: str) -> Iterator[ObjectInfo]:
+        for parent, _, _ in os.walk(self._root / folder):
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if entry.name.startswith(TEMPORARY):
+                        path = Path(entry.path).relative_to(self._root).as_posix()
+                        if (info := _info(path, entry)) is not None:
+                            yield info
+
+    def _change(self, path: str, change: Callable[[Path], bool]) -> bool:
+        """Make a change at a path, and its folder if there is none; a document waits until all before it is durable."""
+        target = self._root / path
+        document = is_document(path)
+        with self._explained(path):
+            if document:
+                self._sync()
+            try:
+                self._make_folder(target.parent)
+                changed = change(target)
+            except FileNotFoundError:
+                # Somebody has removed folders that this storage knew.
+                self._parents.clear()
+                self._make_folder(target.parent)
+                changed = change(target)
+            # Also when another writer won: a record that names its object must not outlive the object's name.
+            self._note(target.parent)
+            if document:
+                self._sync()
+        return changed
+
+    @contextmanager
+    def _written(self, folder: Path, parts: Sequence[Part]) -> Iterator[Path]:
+        """Write ``parts`` to a temporary file in a folder; it is gone afterwards, unless it was renamed."""
+        temporary = folder / f"{TEMPORARY}{uuid4().hex}"
+        try:
+            with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                _write_all(descriptor, parts)
+                if self._durable:
+                    os.fsync(descriptor)
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder unless it is there; the folders above it are looked at once only."""
+        if not folder.is_relative_to(self._root):
+            if not folder.is_dir():
+                self._make_folder(folder.parent)
+                folder.mkdir(exist_ok=True)
+                self._note(folder.parent)
+            return
+        if folder.parent not in self._parents:
+            self._make_folder(folder.parent)
+            self._parents.add(folder.parent)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            # Another process may have made it without having synced its name.
+            if folder == self._root:
+                return
+        self._note(folder.parent)
+
+    def _note(self, folder: Path) -> None:
+        if self._durable:
+            with self._changing:
+                self._unsynced.add(folder)
+
+    def _sync(self, *folders: Path) -> None:
+        """Sync folders, and all that were noted."""
+        if not self._durable:
+            return
+        # One at a time: another may be syncing what this caller's document depends on.
+        with self._syncing:
+            with self._changing:
+                unsynced, self._unsynced = self._unsynced | set(folders), set()
+            try:
+                for folder in unsynced:
+                    with suppress(FileNotFoundError), _opened(folder, os.O_RDONLY) as descriptor:
+                        os.fsync(descriptor)
+            except BaseException:
+                with self._changing:
+                    self._unsynced |= unsynced
+                raise
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -113,41 +239,27 @@ class DirectoryStorage:
             raise StorageError(f"{self.url}/{path}: {error.strerror or error}. {remedy}") from error
 
 
-def _write_and_link(target: Path, parts: Sequence[Part]) -> bool:
-    temporary = target.parent / f"{TEMPORARY}{uuid4().hex}"
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
     try:
-        with temporary.open("xb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            target.hardlink_to(temporary)
-        except FileExistsError:
-            return False
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_abandoned(temporary: Path) -> None:
-    with suppress(FileNotFoundError):
-        if temporary.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
-            temporary.unlink()
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _write_all(descriptor: int, parts: Sequence[Part]) -> None:
+    """Write parts as they lie in memory, by one call of the system for all of them if it takes that much."""
+    left = [memoryview(part).cast("B") for part in parts if len(part) > 0]
+    while left:
+        written = os.writev(descriptor, left[:_PARTS_AT_ONCE])
+        whole = 0
+        while whole < len(left) and written >= len(left[whole]):
+            written -= len(left[whole])
+            whole += 1
+        left = left[whole:]
+        if written:
+            left[0] = left[0][written:]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -158,8 +270,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _size(entry: os.DirEntry[str]) -> int | None:
+def _info(path: str, entry: os.DirEntry[str]) -> ObjectInfo | None:
     try:
-        return entry.stat().st_size
+        status = entry.stat()
     except FileNotFoundError:
         return None
+    return ObjectInfo(path=path, bytes=status.st_size, modified=status.st_mtime)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from threading import Lock
@@ -25,7 +26,7 @@ class MemoryStorage:
     def read(self, path: str) -> bytes:
         """See `Storage.read`."""
         try:
-            return self._objects[path]
+            return self._objects[path][0]
         except KeyError:
             raise ObjectMissingError(f"{self.url}/{path}: no such object.") from None
 
@@ -43,15 +44,23 @@ class MemoryStorage:
         with self._lock:
             absent = path not in self._objects
             if absent:
-                self._objects[path] = data
+                self._objects[path] = data, time.time()
         return absent
+
+    def replace(self, path: str, parts: Sequence[Part]) -> None:
+        """See `Storage.replace`."""
+        with self._lock:
+            self._objects[path] = b"".join(parts), time.time()
+
+    def forget(self, path: str) -> None:
+        """See `Storage.forget`; no copies are kept."""
 
     def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
         """See `Storage.list_objects`."""
         start = f"{folder}/" if folder else ""
-        for path, data in self._objects.copy().items():
+        for path, (data, modified) in self._objects.copy().items():
             if path.startswith(start):
-                yield ObjectInfo(path=path, bytes=len(data))
+                yield ObjectInfo(path=path, bytes=len(data), modified=modified)
 
     def list_folders(self, folder: str) -> list[str]:
         """See `Storage.list_folders`."""
@@ -63,11 +72,12 @@ class MemoryStorage:
         """See `Storage.delete`."""
         self._objects.pop(path, None)
 
-    def sweep(self, folder: str) -> None:
+    def sweep(self, folder: str, *, grace_seconds: float = 3600.0, dry_run: bool = False) -> list[ObjectInfo]:
         """See `Storage.sweep`; a writer that dies leaves nothing here."""
+        return []
 
 
 @cache
-def _objects(name: str) -> tuple[dict[str, bytes], Lock]:
-    """Objects of one name and the lock of their writers: the same for the life of the process."""
+def _objects(name: str) -> tuple[dict[str, tuple[bytes, float]], Lock]:
+    """Objects of one name, each with the time it was written, and the lock of their writers: the same for the life of the process."""
     return {}, Lock()

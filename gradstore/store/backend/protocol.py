@@ -8,20 +8,38 @@ from typing import Protocol, TypeAlias
 
 Part: TypeAlias = bytes | memoryview
 
+_DOCUMENT = ".json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """A stored object: its path inside the storage and its size in bytes."""
+    """An object of a storage, or what a writer that died left of one.
+
+    Attributes
+    ----------
+    path
+        Its path inside the storage.
+    bytes
+        Its size.
+    modified
+        When it was written, in seconds since the epoch, by the clock of the storage.
+    """
 
     path: str
     bytes: int
+    modified: float
+
+
+def is_document(path: str) -> bool:
+    """Whether an object is a document: metadata, facts, or a commit record, which says what others may trust."""
+    return path.endswith(_DOCUMENT)
 
 
 class Storage(Protocol):
     """Named objects under one URL.
 
-    Paths are relative, with ``/`` between folders. An object is written once, whole, and never changed: whoever can read
-    it can trust that it is complete. Every method raises StorageError, with the URL and what to change, when the storage
+    Paths are relative, with ``/`` between folders. An object is written whole: whoever can read it can trust that it is
+    complete. It is written once and never changed, except for what `replace` is for. Every method raises StorageError, with the URL and what to change, when the storage
     refuses or fails. Two storages of one URL see the same objects; pickling one sends its URL only.
 
     """
@@ -46,7 +64,24 @@ class Storage(Protocol):
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         """Store ``parts``, one after another, as an object unless it exists; False if it existed.
 
-        Of any number of publishers at once, on any machines, exactly one is answered True.
+        Of any number of publishers at once, on any machines, one is answered True; none, if the answer to the one whose
+        object it is was lost on the way: whoever is answered False looks at what is there.
+
+        A document, and whatever this storage published before it, is durable when this returns; any other object when
+        the next document is published.
+        """
+
+    def replace(self, path: str, parts: Sequence[Part]) -> None:
+        """Store ``parts``, one after another, as an object, whether or not there is one of that name.
+
+        Only the Zarr metadata of an array that an append enlarges is ever replaced. It happens at once: a reader gets the
+        object as it was or as it is now, never a mixture, and after a crash one of the two is there.
+        """
+
+    def forget(self, path: str) -> None:
+        """Drop any copy of an object that is kept nearby, so that the next read is from the origin.
+
+        For a reader that found an object unlike its checksum. Without such copies there is nothing to do.
         """
 
     def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
@@ -58,5 +93,9 @@ class Storage(Protocol):
     def delete(self, path: str) -> None:
         """Remove an object; it may be missing."""
 
-    def sweep(self, folder: str) -> None:
-        """Remove, in a folder and below it, what is no object but was left by writers that died an hour ago or earlier."""
+    def sweep(self, folder: str, *, grace_seconds: float = 3600.0, dry_run: bool = False) -> list[ObjectInfo]:
+        """Remove what writers that died left in a folder and below it, and return what that was.
+
+        These are no objects: temporary files on a disk, uploads that were begun and never completed on S3. What is younger
+        than ``grace_seconds`` may belong to a living writer and stays. With ``dry_run``, nothing is removed.
+        """

@@ -1,194 +1,238 @@
-"""S3 and what speaks its protocol, through obstore."""
+"""S3 and what speaks its protocol, as storage."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
-from functools import cache
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from threading import Lock
+from typing import Final, TypeAlias, TypeVar
 
 from gradstore.errors import IntegrityError, ObjectMissingError, StorageError
 from gradstore.store.backend.protocol import ObjectInfo, Part
+from gradstore.store.backend.s3_client import ByteRange, S3Client
+from gradstore.store.backend.s3_failures import (
+    UNREACHABLE,
+    Action,
+    EmptyRangeError,
+    Failure,
+    PassingError,
+    RefusedError,
+    Retries,
+    botocore_failure,
+)
+from gradstore.store.backend.s3_obstore import ObstoreClient
+from gradstore.store.backend.s3_s3fs import S3fsClient
+from gradstore.store.backend.s3_settings import S3Settings, read_settings
+from gradstore.store.backend.s3_uploads import sweep_uploads
 
-if TYPE_CHECKING:
-    from obstore.store import S3Store
+T = TypeVar("T")
+_Opened: TypeAlias = tuple[S3Settings, Retries, S3Client]
 
 # In flight at once: below 8 a row block waits on latency, above 16 nothing is gained (measurements.md).
-CONCURRENCY = 16
+CONCURRENCY: Final = 16
+# What is larger is read by parallel requests of this size.
+_RANGE_BYTES: Final = 16 * 2**20
+_RANGES_AT_ONCE: Final = 4
+# Writes of what is there already that must not all succeed, before a server is trusted with conditions.
+_TRIES: Final = 3
 
-_REMEDIES = {
-    "NoSuchBucket": "Create the bucket, or correct run.store and AWS_ENDPOINT_URL.",
-    "SignatureDoesNotMatch": "Check AWS_SECRET_ACCESS_KEY.",
-    "InvalidAccessKeyId": "Check AWS_ACCESS_KEY_ID.",
-    "AccessDenied": "These credentials need read, write, list and delete on the prefix.",
-    "ExpiredToken": "Renew the credentials, then run the same command again.",
-    "SlowDown": "The server asks for fewer requests: use fewer workers, then run the same command again.",
-    "Forbidden": "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they may do on the prefix.",
-    "NoCredentials": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
-}
-# Those that obstore reads, in the order in which they count.
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-
-_DEFAULT_REMEDY = "Check that AWS_ENDPOINT_URL is right and reachable, then run the same command again."
-
-
-def s3_error(where: str, code: str, reason: str) -> StorageError:
-    """Make the error for an S3 error code: what was found, and what to change."""
-    return StorageError(f"{where}: {code}: {reason.rstrip('.')}. {_REMEDIES.get(code, _DEFAULT_REMEDY)}")
-
-
-def endpoint() -> str:
-    """Return the URL of the S3 server that the environment names; ``""`` for Amazon's own.
-
-    Raises
-    ------
-    StorageError
-        If one is set that is no URL of a server; obstore would panic.
-    """
-    found = {name: os.environ[name] for name in _ENDPOINTS if name in os.environ}
-    for name, value in found.items():
-        try:
-            url = urlsplit(value)
-            usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise StorageError(
-                f"{name}: found {value!r}; accepted: http://HOST or https://HOST, with or without a port."
-            )
-    return next(iter(found.values()), "")
+# Each bears the name of the package that it needs.
+CLIENTS: Final[dict[str, Callable[[str, S3Settings, str], S3Client]]] = {"obstore": ObstoreClient, "s3fs": S3fsClient}
 
 
 class S3Storage:
-    """Objects below ``s3://bucket/prefix``; put-if-absent is a conditional put, so neither rename nor lock is needed."""
+    """Objects below ``s3://bucket/prefix``; put-if-absent is a conditional put, so neither rename nor lock is needed.
 
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self._bucket, self._prefix = bucket, prefix
-        self._opened: S3Store | None = None
+    Every request that fails in a way that may pass (no answer, an answer cut short, 5xx, too many requests) is sent again
+    for ``GRADSTORE_S3_RETRY_SECONDS``; then StorageError names the object. Any request may be sent twice: a put if absent
+    whose first answer was lost finds its own object and is answered False.
+
+    What is checked in transfer: the server compares a write with its signed hash (obstore, and s3fs over http) or with a
+    CRC (s3fs over https). A read is compared with the length that the server gave; the checksums of the store's format
+    do the rest.
+
+    Parameters
+    ----------
+    bucket
+        Its name.
+    prefix
+        What every key begins with; may be empty.
+    client
+        A key of `CLIENTS`.
+    """
+
+    def __init__(self, bucket: str, prefix: str, client: str) -> None:
+        self._bucket, self._prefix, self._client_name = bucket, prefix, client
+        self._opened: tuple[int, _Opened] | None = None
+        self._opening = Lock()
+        self._honours_conditions = False
+        self._trying = Lock()
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.concurrency = CONCURRENCY
-        _check_installed()
+        if find_spec(client) is None:
+            raise StorageError(f"s3:// needs {client}, which is not installed: pip install 'gradstore[s3]'.")
 
-    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str]]:
-        return S3Storage, (self._bucket, self._prefix)
+    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str, str]]:
+        return S3Storage, (self._bucket, self._prefix, self._client_name)
 
     def read(self, path: str) -> bytes:
         """See `Storage.read`."""
-        import obstore
 
-        with self._explained(path):
-            return obstore.get(self._client(), path).bytes().to_bytes()
+        def read(client: S3Client) -> bytes:
+            answer = client.get(self._key(path))
+            data = b"".join(answer.chunks)
+            self._require_length(path, len(data), answer.total_bytes)
+            return data
+
+        return self._ask(path, "read", read)
 
     def read_into(self, path: str, buffer: memoryview) -> int:
-        """See `Storage.read_into`."""
-        import obstore
-
-        with self._explained(path):
-            answer = obstore.get(self._client(), path)
-            size = answer.meta["size"]
-            if size > len(buffer):
-                raise IntegrityError(f"{self.url}/{path}: has {size} bytes; at most {len(buffer)} belong there.")
-            data = memoryview(answer.bytes())
-        buffer[: len(data)] = data
-        return len(data)
+        """See `Storage.read_into`; what is larger than 16 MiB is read by parallel requests."""
+        first = (0, _RANGE_BYTES) if len(buffer) > _RANGE_BYTES else None
+        try:
+            size, etag = self._read_range(path, buffer, first)
+        except EmptyRangeError:
+            return 0
+        rest = [(start, min(start + _RANGE_BYTES, size)) for start in range(_RANGE_BYTES, size, _RANGE_BYTES)]
+        if first is not None and rest:
+            with ThreadPoolExecutor(min(_RANGES_AT_ONCE, len(rest))) as pool:
+                # All of one version of the object.
+                list(pool.map(lambda part: self._read_range(path, buffer, part, etag), rest))
+        return size
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         """See `Storage.publish`."""
-        import obstore
-        from obstore.exceptions import AlreadyExistsError
 
-        with self._explained(path):
+        def put(client: S3Client) -> bool:
+            return client.put(self._key(path), parts, if_absent=True)
+
+        published = self._ask(path, "write", put)
+        # One thread tries for all.
+        if published and not self._honours_conditions and self._trying.acquire(blocking=False):
             try:
-                # One request: a multipart upload could not be made conditional on every server.
-                obstore.put(self._client(), path, list(parts), mode="create", use_multipart=False)
-            except AlreadyExistsError:
-                return False
-        return True
+                self._require_conditions(path, put)
+            finally:
+                self._trying.release()
+        return published
+
+    def replace(self, path: str, parts: Sequence[Part]) -> None:
+        """See `Storage.replace`."""
+        self._ask(path, "write", lambda client: client.put(self._key(path), parts, if_absent=False))
+
+    def forget(self, path: str) -> None:
+        """See `Storage.forget`; no copies are kept."""
 
     def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
-        """See `Storage.list_objects`."""
-        import obstore
-
-        with self._explained(folder):
-            for batch in obstore.list(self._client(), folder):
-                for found in batch:
-                    yield ObjectInfo(path=found["path"], bytes=found["size"])
+        """See `Storage.list_objects`; each page is a request of its own, so that a failure costs one page."""
+        key, after, more = self._key(folder), "", True
+        while more:
+            page, more = self._ask(folder, "list", partial(_list_page, key, after))
+            for info in page:
+                after = info.path
+                # Some servers list a folder itself as an empty object.
+                if not after.endswith("/") and after != key:
+                    yield self._inside(info)
 
     def list_folders(self, folder: str) -> list[str]:
         """See `Storage.list_folders`."""
-        import obstore
-
-        with self._explained(folder):
-            found = obstore.list_with_delimiter(self._client(), folder)
-        return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
+        return sorted(self._ask(folder, "list", lambda client: client.list_folders(self._key(folder))))
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""
-        import obstore
+        with suppress(ObjectMissingError):
+            self._ask(path, "delete", lambda client: client.delete(self._key(path)))
 
-        with self._explained(path):
-            try:
-                obstore.delete(self._client(), path)
-            except FileNotFoundError:
-                return
+    def sweep(self, folder: str, *, grace_seconds: float = 3600.0, dry_run: bool = False) -> list[ObjectInfo]:
+        """See `Storage.sweep`: aborts multipart uploads, which other programs may have begun; gradstore begins none.
 
-    def sweep(self, folder: str) -> None:
-        """See `Storage.sweep`; a writer that dies leaves nothing here."""
-
-    def _client(self) -> S3Store:
-        if _first_user() != os.getpid():
-            raise StorageError(
-                f"{self.url}: this process was forked from one that had used S3, whose connections do not survive "
-                "that. Start workers with spawn."
-            )
-        if self._opened is None:
-            from obstore.store import S3Store
-
-            self._opened = S3Store(
-                self._bucket,
-                prefix=self._prefix or None,
-                client_options={"allow_http": endpoint().startswith("http://"), "timeout": timedelta(minutes=2)},
-                retry_config={"max_retries": 8, "retry_timeout": timedelta(minutes=3)},
-            )
-        return self._opened
-
-    @contextmanager
-    def _explained(self, path: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError
-
-        where = f"{self.url}/{path}"
+        Who may write need not be allowed to list uploads: then there is a warning, and none are aborted.
+        """
+        key = self._key(folder)
+        settings = self._open()[0]
         try:
-            yield
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise s3_error(where, *_code_and_reason(error)) from error
-            raise ObjectMissingError(f"{where}: no such object.") from error
-        except (BaseError, OSError) as error:
-            raise s3_error(where, *_code_and_reason(error)) from error
+            swept = self._ask("", "sweep", lambda _: sweep_uploads(self._bucket, key, settings, grace_seconds, dry_run))
+        except RefusedError as error:
+            warnings.warn(f"Uploads that were never completed stay: {error}", stacklevel=2)
+            return []
+        return [self._inside(info) for info in swept]
+
+    def _require_conditions(self, path: str, put: Callable[[S3Client], bool]) -> None:
+        """Refuse a server that writes once more what it has just written only if absent."""
+        # Others may have removed the object before some of the tries, but not before all.
+        if all(self._ask(path, "write", put) for _ in range(_TRIES)):
+            raise StorageError(
+                f"{self.url}/{path}: the server overwrites an object that it was asked to write only if there is none "
+                "(If-None-Match), so that workers would overwrite each other. Choose another server, or a newer one."
+            )
+        self._honours_conditions = True
+
+    def _read_range(
+        self, path: str, buffer: memoryview, byte_range: ByteRange | None, etag: str = ""
+    ) -> tuple[int, str]:
+        """Read an object or a range of it into its place in ``buffer``, and return the object's size and version."""
+
+        def read(client: S3Client) -> tuple[int, str]:
+            answer = client.get(self._key(path), byte_range, etag)
+            size = answer.total_bytes
+            if size > len(buffer):
+                raise IntegrityError(f"{self.url}/{path}: has {size} bytes; at most {len(buffer)} belong there.")
+            start, stop = byte_range or (0, size)
+            stop, done = min(stop, size), start
+            for chunk in answer.chunks:
+                done += len(chunk)
+                if done <= stop:
+                    buffer[done - len(chunk) : done] = chunk
+            self._require_length(path, done - start, stop - start)
+            return size, answer.etag
+
+        return self._ask(path, "read", read)
+
+    def _require_length(self, path: str, found: int, expected: int) -> None:
+        if found != expected:
+            failure = Failure(code=UNREACHABLE, status=200, reason=f"{found} of {expected} bytes came")
+            raise failure.error(f"{self.url}/{path}", "read", anonymous=False)
+
+    def _ask(self, path: str, action: Action, request: Callable[[S3Client], T]) -> T:
+        """Send a request until it is answered, and return the answer."""
+        where = f"{self.url}/{path}"
+        settings, retries, client = self._open()
+
+        def once() -> T:
+            try:
+                return request(client)
+            except (PassingError, IntegrityError):
+                raise
+            except Exception as error:
+                failure = client.failure(error) or botocore_failure(error)
+                if failure is None:
+                    raise
+                if failure.code == "PreconditionFailed":
+                    raise IntegrityError(f"{where}: was replaced while it was read.") from error
+                raise failure.error(where, action, anonymous=settings.anonymous) from error
+
+        return retries(once)
+
+    def _open(self) -> _Opened:
+        """Open the connection of this process at its first request, in whichever thread."""
+        with self._opening:
+            if self._opened is None or self._opened[0] != os.getpid():
+                settings = read_settings(self._bucket)
+                client = CLIENTS[self._client_name](self._bucket, settings, self.url)
+                self._opened = os.getpid(), (settings, Retries(settings.retry_seconds), client)
+            return self._opened[1]
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}/{path}".strip("/")
+
+    def _inside(self, info: ObjectInfo) -> ObjectInfo:
+        return replace(info, path=info.path[len(self._prefix) + 1 :] if self._prefix else info.path)
 
 
-@cache
-def _first_user() -> int:
-    """Return the process that used obstore first; a forked child inherits the answer and with it dead threads."""
-    return os.getpid()
-
-
-def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("obstore") is None:
-        raise StorageError("s3:// needs obstore, which is not installed: pip install 'gradstore[s3]'.")
-
-
-def _code_and_reason(error: Exception) -> tuple[str, str]:
-    text = str(error).partition("\n\nDebug source")[0]
-    if "169.254.169.254" in text:
-        return "NoCredentials", "the environment holds no AWS credentials"
-    code, message = re.search(r"<Code>(.*?)</Code>", text), re.search(r"<Message>(.*?)</Message>", text)
-    if code:
-        return code[1], message[1] if message else "the server gave no reason"
-    return "Unreachable" if "error sending request" in text else "Failed", text.splitlines()[0][:300]
+def _list_page(folder: str, after: str, client: S3Client) -> tuple[list[ObjectInfo], bool]:
+    return client.list_page(folder, after)

@@ -5,12 +5,15 @@ from gradstore.store.features.feature_set import FeatureSet
 from gradstore.store.features.feature_store import FeatureStore
 from gradstore.store.features.info import FeatureArray, FeaturePart, SetInfo, SetVersion, Snapshot
 from gradstore.store.features.inputs import blanked
+from gradstore.store.features.reader import BlockReader, Piece
 
 __all__ = [
+    "BlockReader",
     "FeatureArray",
     "FeaturePart",
     "FeatureSet",
     "FeatureStore",
+    "Piece",
     "SetInfo",
     "SetVersion",
     "Snapshot",

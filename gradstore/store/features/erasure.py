@@ -131,7 +131,7 @@ def is_finished(feature_set: FeatureSet) -> bool:
         log = feature_set.of_member(member).log
         for block in _blocks_with(feature_set.info.erased, feature_set.info):
             newest = log.newest(block)
-            if newest is None or _is_unfinished(log.record(block, newest), feature_set.info.erased_in(block)):
+            if newest is None or is_unfinished(log.record(block, newest), feature_set.info.erased_in(block)):
                 return False
     return True
 
@@ -141,7 +141,7 @@ def _erase_block(feature_set: FeatureSet, block: int, statistics: StatisticsOf) 
     log, erased = feature_set.log, feature_set.info.erased_in(block)
     newest = log.newest(block)
     latest = None if newest is None else log.record(block, newest)
-    if latest is not None and not _is_unfinished(latest, erased):
+    if latest is not None and not is_unfinished(latest, erased):
         return False
     if latest is not None and is_commit(latest.generation):
         features, of = feature_set.read_block(block), latest
@@ -152,9 +152,11 @@ def _erase_block(feature_set: FeatureSet, block: int, statistics: StatisticsOf) 
         path = part_path(f"examples/{feature_set.member}", block)
         examples = decode_table(feature_set.storage.read(f"{feature_set.info.folder}/{path}"))
     else:
-        # Nothing is committed; an attempt that began before must not be, and what it wrote goes.
-        log.take_back(block, REASON, {"erased": erased, "of": None})
+        # Nothing is committed; an attempt that began before must not be, and what it wrote goes. Only then are the rows
+        # named as erased; and an attempt that began in between, which may have found objects before they went, is fenced.
+        log.take_back(block, REASON, {"erased": [], "of": None})
         _delete_objects(feature_set, block)
+        log.take_back(block, REASON, {"erased": erased, "of": None})
         return True
     taken = log.take_back(block, REASON, {"erased": erased, "of": of.generation})
     for values in features.values():
@@ -172,7 +174,8 @@ def _replace(storage: Storage, path: str, payload: Payload) -> ObjectEntry:
     return ObjectEntry(bytes=payload.bytes, crc32c=payload.crc32c)
 
 
-def _is_unfinished(record: Record, erased: Sequence[int]) -> bool:
+def is_unfinished(record: Record, erased: Sequence[int]) -> bool:
+    """Whether the newest record of a block says that rows which the set has as erased may be in it, or may come to be."""
     if is_commit(record.generation):
         return not set(erased) <= set(record.facts.get("erased", ()))
     taken_back_by_erasure = record.facts["reason"] == REASON
@@ -187,7 +190,7 @@ def _blocks_with(rows: Iterable[int], info: SetInfo) -> list[int]:
 
 def _delete_objects(feature_set: FeatureSet, block: int) -> None:
     info, member = feature_set.info, feature_set.member
-    paths = [chunk_path(info.array_path(member, array.name), block, 0) for array in info.arrays]
+    paths = [chunk_path(path, block, 0) for path in info.layouts(member)]
     paths += [part_path(f"{part}/{member}", block) for part in ("examples", "statistics")]
     for path in paths:
         feature_set.storage.delete(f"{info.folder}/{path}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,31 +11,12 @@ import pyarrow as pa
 
 from gradstore.errors import DataError, IntegrityError, NotReadyError, ObjectMissingError, SupersededError
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import Buffers, ObjectEntry, in_parallel, publish_object, read_chunk, read_object
-from gradstore.store.codecs import (
-    Payload,
-    Rounding,
-    decode_chunk,
-    decode_table,
-    encode_chunk,
-    encode_table,
-    from_half,
-    to_half,
-)
+from gradstore.store.blocks import Buffers, ObjectEntry, in_parallel, publish_object, read_object
+from gradstore.store.codecs import Payload, decode_table, encode_table
 from gradstore.store.commits import CommitLog, Record
-from gradstore.store.features.info import FeatureArray, SetVersion, Snapshot
-from gradstore.store.layout import chunk_path, part_path, set_path
-
-Put = Callable[[str, Payload], ObjectEntry]
-"""Stores an object of a block, by its path in the storage, and returns what is there now."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Written:
-    path: str
-    entry: ObjectEntry
-    rounding: Rounding
-    finite_rows: npt.NDArray[np.bool_]
+from gradstore.store.features.chunks import FeatureChunks, Put
+from gradstore.store.features.info import SetVersion, Snapshot
+from gradstore.store.layout import part_path, set_path
 
 
 class FeatureSet:
@@ -47,19 +27,20 @@ class FeatureSet:
     was opened before it; a block that a repair or an erasure took back ends its readers and writers with SupersededError.
     """
 
-    def __init__(self, storage: Storage, version: SetVersion, member: str) -> None:
+    def __init__(self, storage: Storage, version: SetVersion, member: str, *, buffers: Buffers | None = None) -> None:
         self.storage = storage
         self.version = version
         self.info = version.info
         self.member = member
         self.log = CommitLog(storage, f"{self.info.folder}/blocks/{member}", "featurize")
-        self._buffers = Buffers()
+        self._buffers = Buffers() if buffers is None else buffers
+        self._chunks = FeatureChunks(self.info, member, self.log, self._buffers)
         self._arrays = {array.name: array for array in self.info.arrays}
         self._begun: dict[int, int] = {}
         self._inputs = version.input_paths()
 
     def of_member(self, member: str) -> FeatureSet:
-        """Return the same set as another of its members has it.
+        """Return the same set as another of its members has it; both share the memory that chunks are read into.
 
         Raises
         ------
@@ -68,7 +49,7 @@ class FeatureSet:
         """
         if member not in self.info.members:
             raise NotReadyError(f"{self._where}: has no member {member}; found: {', '.join(self.info.members)}.")
-        return FeatureSet(self.storage, self.version, member)
+        return FeatureSet(self.storage, self.version, member, buffers=self._buffers)
 
     def missing_blocks(self) -> list[int]:
         """Blocks that are not committed, in order."""
@@ -155,7 +136,7 @@ class FeatureSet:
             Sums over the block's valid rows, one row for each group or part of one.
         facts
             What to keep in the record beside ``rows``, ``nan_rows`` (rows in which a feature is not finite),
-            ``saturated`` and ``flushed`` (values that float16 could not hold, and that it made zero), and
+            ``saturated`` and ``flushed`` (numbers that the dtype could not hold, and that it made zero), and
             ``saturated_groups`` (where), and ``erased`` (rows of the block whose example was erased).
 
         Raises
@@ -190,27 +171,19 @@ class FeatureSet:
         put: Put,
     ) -> tuple[dict[str, ObjectEntry], dict[str, Any]]:
         """Encode the objects of a block and store each with ``put``; return their entries, and what was found of them."""
-        written = in_parallel(
-            lambda array: self._write_chunk(block, array, features[array.name], put),
-            self.info.arrays,
-            threads=self.storage.concurrency,
-        )
-        objects = {item.path: item.entry for item in written}
+        written = self._chunks.write(block, features, put)
+        objects = dict(written.objects)
         for part, table in tables.items():
             path = part_path(f"{part}/{self.member}", block)
             objects[path] = put(f"{self.info.folder}/{path}", encode_table(table))
-        finite_rows = np.logical_and.reduce([item.finite_rows for item in written])
         erased = self.info.erased_in(block)
-        assert not finite_rows[erased].any(), "of an erased row no feature may be written"
-        rounding = sum((item.rounding for item in written), Rounding())
+        assert not written.finite_rows[erased].any(), "of an erased row no feature may be written"
         found: dict[str, Any] = {
-            "rows": len(finite_rows),
-            "nan_rows": len(finite_rows) - int(np.count_nonzero(finite_rows)),
-            "saturated": rounding.saturated,
-            "flushed": rounding.flushed,
-            "saturated_groups": [
-                array.name for array, item in zip(self.info.arrays, written, strict=True) if item.rounding.saturated
-            ],
+            "rows": len(written.finite_rows),
+            "nan_rows": len(written.finite_rows) - int(np.count_nonzero(written.finite_rows)),
+            "saturated": written.rounding.saturated,
+            "flushed": written.rounding.flushed,
+            "saturated_groups": written.saturated_groups,
         }
         return objects, found | ({"erased": erased} if erased else {})
 
@@ -247,11 +220,7 @@ class FeatureSet:
             name: np.empty(shape, np.float32) if out is None else out[name][: shape[0]]
             for name, shape in shapes.items()
         }
-        in_parallel(
-            lambda name: self._read_chunk(record, self._arrays[name], into[name]),
-            names,
-            threads=self.storage.concurrency,
-        )
+        self._chunks.read(record, into)
         return into
 
     def read_taken_back(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
@@ -264,13 +233,7 @@ class FeatureSet:
         """
         start, stop = self.info.block_range(block)
         found = {array.name: np.empty((stop - start, array.features), np.float32) for array in self.info.arrays}
-        for array in self.info.arrays:
-            layout = self.info.array_layout(array)
-            place = f"{self.info.folder}/{chunk_path(self.info.array_path(self.member, array.name), block, 0)}"
-            decoded = decode_chunk(np.frombuffer(self.storage.read(place), np.uint8), layout)
-            if decoded is None:
-                raise IntegrityError(f"{self.storage.url}/{place}: is damaged. {self.log.remedy()}")
-            self._decode(array, decoded[0], found[array.name])
+        self._chunks.read_as_they_are(block, found)
         return found
 
     def invalid_blocks(self) -> list[int]:
@@ -357,36 +320,6 @@ class FeatureSet:
             raise DataError(
                 f"{self._where}: block {block}: columns without a type: {', '.join(untyped)}. Give the tables a schema."
             )
-
-    def _write_chunk(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32], put: Put) -> _Written:
-        layout = self.info.array_layout(array)
-        path = chunk_path(self.info.array_path(self.member, array.name), block, 0)
-        place, rounding = f"{self.info.folder}/{path}", Rounding()
-        if self.info.dtype == "float32":
-            entry = put(place, encode_chunk(values, layout))
-        else:
-            with self._buffers.borrow(values.size * layout.stored_dtype.itemsize) as buffer:
-                halves = buffer.view(layout.stored_dtype).reshape(values.shape)
-                rounding = to_half(values, array.scale, halves)
-                entry = put(place, encode_chunk(halves, layout))
-        finite_rows = np.logical_and.reduce(np.isfinite(values), axis=1)
-        return _Written(path=path, entry=entry, rounding=rounding, finite_rows=finite_rows)
-
-    def _read_chunk(self, record: Record, array: FeatureArray, out: npt.NDArray[np.float32]) -> None:
-        layout = self.info.array_layout(array)
-        path = chunk_path(self.info.array_path(self.member, array.name), record.unit, 0)
-        place, entry, remedy = f"{self.info.folder}/{path}", record.objects[path], self.log.remedy()
-        with self._buffers.borrow(layout.chunk_bytes) as buffer:
-            stored = self.log.read(
-                record, place, lambda: read_chunk(self.storage, place, entry, layout, buffer, remedy=remedy)
-            )
-            self._decode(array, stored, out)
-
-    def _decode(self, array: FeatureArray, stored: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
-        if self.info.dtype == "float16":
-            from_half(stored[: len(out)], array.scale, out)
-        else:
-            np.copyto(out, stored[: len(out)])
 
     def _read_parts(self, part: str, decode: Callable[[bytes], pa.Table], block: int | None) -> pa.Table:
         def read(record: Record) -> pa.Table:

@@ -122,7 +122,7 @@ class FeatureStore:
         """Create a feature set, or open the one that is there if it is of the same examples and groups.
 
         One process creates a set, before any worker writes a block of it; if it dies, creating again goes on. Whoever
-        creates publishes claim.json first, or takes on the one that is there: so of creators at once, or one after another's
+        creates publishes claim.0.json first, or takes on the one that is there: so of creators at once, or one after another's
         death, all write the same objects.
 
         Parameters
@@ -259,9 +259,7 @@ class FeatureStore:
 
     def _arrays(self, info: SetInfo) -> dict[str, ArrayLayout]:
         return {
-            f"{info.folder}/{path}": layout
-            for member in info.members
-            for path, layout in info.layouts(member).items()
+            f"{info.folder}/{path}": layout for member in info.members for path, layout in info.layouts(member).items()
         }
 
     def _publish_inputs(
@@ -271,7 +269,9 @@ class FeatureStore:
         entries = {}
         for block, table in enumerate(inputs_of_blocks(info, inputs, first_block=first_block), first_block):
             path = inputs_path(block, number)
-            # A sound one of another maker is kept: the data hash, which the claim holds, says that it is the same.
-            entries[path] = publish_object(self.storage, f"{info.folder}/{path}", encode_table(table))
+            place = f"{info.folder}/{path}"
+            # A sound one of another creator is kept: the claim says that it is of the same data. The claim of a later version
+            # may have been deleted by hand, as its message tells, and with other data made anew.
+            entries[path] = publish_object(self.storage, place, encode_table(table), adopt=number == 0)
         publish_metadata(self.storage, self._arrays(info))
         return entries

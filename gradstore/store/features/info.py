@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from gradstore.errors import SpecError
+from gradstore.spec import SET_FOLDERS
 from gradstore.store.blocks import ObjectEntry
 from gradstore.store.codecs import plain
+from gradstore.store.compression import COMPRESSIONS
 from gradstore.store.contract import require_equal
+from gradstore.store.dtypes import DTYPES, DtypeName, is_scale
 from gradstore.store.layout import (
     LONE_MEMBER,
-    SET_FOLDERS,
+    SCALES_FOLDER,
     ArrayLayout,
     RowBlocks,
     check_name,
@@ -63,7 +65,7 @@ class FeatureArray:
     features
         Number of features k_j.
     scale
-        Power of two that stored float16 values are multiplied by; 1.0 for float32.
+        Power of two that stored float16 values are multiplied by; 1.0 for other types.
     depth, function
         The group's place in the model, as in ParameterGroup.
     parts
@@ -83,8 +85,8 @@ class SetInfo(RowBlocks):
     """A feature set: the features of one data split.
 
     The number of examples, ``arrays`` (but for their scales), ``members`` and ``data_hash`` say what the set is and are
-    compared when it is created again. ``block_rows``, ``dtype``, the scales and ``recorded`` say how it was made; they are
-    fixed by the first creation and never compared.
+    compared when it is created again. ``block_rows``, ``dtype``, ``compression``, the scales and ``recorded`` say how
+    it was made; they are fixed by the first creation and never compared.
 
     Attributes
     ----------
@@ -104,6 +106,8 @@ class SetInfo(RowBlocks):
         Hash of the examples, in order.
     members
         Models or checkpoints whose features the set holds, each under its name; a lone one is m0.
+    compression
+        How the features are compressed: a name in COMPRESSIONS.
     recorded
         Token budget, precision, compute threads and the like.
     erased
@@ -118,10 +122,11 @@ class SetInfo(RowBlocks):
     """
 
     name: str
-    dtype: Literal["float32", "float16"]
+    dtype: DtypeName
     arrays: tuple[FeatureArray, ...]
     data_hash: str
     members: tuple[str, ...] = (LONE_MEMBER,)
+    compression: str = "none"
     recorded: Mapping[str, Any] = field(default_factory=dict)
     erased: tuple[int, ...] = ()
     remaining_hash: str | None = None
@@ -133,8 +138,9 @@ class SetInfo(RowBlocks):
             raise SpecError(
                 f"{where}: found {self.rows} rows in blocks of {self.block_rows}; blocks need at least one."
             )
-        if self.dtype not in ("float32", "float16"):
-            raise SpecError(f"{where}: dtype: found {self.dtype!r}; accepted: float32, float16.")
+        for key, value, accepted in (("dtype", self.dtype, DTYPES), ("compression", self.compression, COMPRESSIONS)):
+            if value not in accepted:
+                raise SpecError(f"{where}: {key}: found {value!r}; accepted: {', '.join(accepted)}.")
         if not self.members or len(set(self.members)) < len(self.members):
             raise SpecError(f"{where}: members: found {self.members}; accepted: one name or more, each of its own.")
         for member in self.members:
@@ -144,11 +150,13 @@ class SetInfo(RowBlocks):
         if len({array.name for array in self.arrays}) < len(self.arrays):
             raise SpecError(f"{where}: two arrays have one name; each parameter group needs its own.")
         for array in self.arrays:
-            if math.frexp(array.scale)[0] != 0.5 or (self.dtype == "float32" and array.scale != 1.0):
-                raise SpecError(
-                    f"{where}: scale of {array.name}: found {array.scale}; accepted: 1.0 for float32, a power of two "
-                    "for float16."
-                )
+            self._check_scale(f"{where}: scale of {array.name}", array.scale)
+
+    def _check_scale(self, where: str, scale: float) -> None:
+        scaled = DTYPES[self.dtype].scaled == "array"
+        if (scaled and not is_scale(scale)) or (not scaled and scale != 1.0):
+            accepted = "a power of two from 2^-126 to 2^126" if scaled else "1.0"
+            raise SpecError(f"{where}: found {scale}; accepted for {self.dtype}: {accepted}.")
 
     @property
     def folder(self) -> str:
@@ -164,15 +172,39 @@ class SetInfo(RowBlocks):
         attributes: dict[str, Any] = {"group": array.name, "depth": array.depth, "function": array.function}
         if array.parts:
             attributes["parts"] = plain([asdict(part) for part in array.parts])
-        if self.dtype == "float16":
-            attributes["scale_factor"] = array.scale
+        dtype = DTYPES[self.dtype]
         return ArrayLayout(
             shape=(self.rows, array.features),
             chunk_shape=(self.block_rows, array.features),
-            dtype=self.dtype,
+            dtype=dtype.zarr_dtype,
             dimension_names=("example", f"feature:{array.name}"),
-            attributes=attributes,
+            attributes=attributes | dtype.attributes(array.scale),
+            fill_value=dtype.fill_value,
+            compression=self.compression,
         )
+
+    def scales_path(self, member: str) -> str:
+        """Path, inside the set, of the scales of a member's rows."""
+        return f"{SCALES_FOLDER}/{member}"
+
+    def scales_layout(self) -> ArrayLayout | None:
+        """Layout of the scales [rows, groups] of rows in every group, in chunks of a block; None if rows have none."""
+        if DTYPES[self.dtype].scaled != "row":
+            return None
+        names = [array.name for array in self.arrays]
+        return ArrayLayout(
+            shape=(self.rows, len(names)),
+            chunk_shape=(self.block_rows, len(names)),
+            dtype="float32",
+            dimension_names=("example", "group"),
+            attributes={"groups": names},
+        )
+
+    def layouts(self, member: str) -> dict[str, ArrayLayout]:
+        """Layout, by path inside the set, of every array of a member: of each group, and of the scales of its rows."""
+        found = {self.array_path(member, array.name): self.array_layout(array) for array in self.arrays}
+        scales = self.scales_layout()
+        return found if scales is None else {**found, self.scales_path(member): scales}
 
     def erased_in(self, block: int) -> list[int]:
         """Erased rows of a block, counted from its first."""

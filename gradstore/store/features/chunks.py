@@ -1,0 +1,196 @@
+"""The chunks of a block: features as they are stored in the set's dtype, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.errors import IntegrityError
+from gradstore.store.blocks import Buffers, ObjectEntry, in_parallel, read_chunk
+from gradstore.store.codecs import Payload, decode_chunk, encode_chunk
+from gradstore.store.commits import CommitLog, Record
+from gradstore.store.dtypes import DTYPES, Rounding, Scale
+from gradstore.store.features.info import FeatureArray, SetInfo
+from gradstore.store.layout import ArrayLayout, chunk_path
+
+Put = Callable[[str, Payload], ObjectEntry]
+"""Stores an object of a block, by its path in the storage, and returns what is there now."""
+Features = Mapping[str, npt.NDArray[np.float32]]
+
+# Blocks whose scales are kept while their groups are read one after another.
+KEPT_SCALES: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenChunks:
+    """The chunks of a block that were stored.
+
+    Attributes
+    ----------
+    objects
+        Their entries, by path inside the set.
+    rounding
+        What of the numbers was lost.
+    saturated_groups
+        Groups in which some number was beyond the range of the dtype.
+    finite_rows
+        Rows of the block, bool, in which every feature is finite.
+    """
+
+    objects: Mapping[str, ObjectEntry]
+    rounding: Rounding
+    saturated_groups: Sequence[str]
+    finite_rows: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """The chunk of one group; ``scale`` is its rows' or the whole array's."""
+
+    entry: ObjectEntry
+    scale: Scale
+    rounding: Rounding
+    finite_rows: npt.NDArray[np.bool_] | None
+
+
+class FeatureChunks:
+    """Writes and reads the chunks of one member of a feature set, by several threads at once.
+
+    Parameters
+    ----------
+    info, member
+        The set, and which of its members.
+    log
+        The commit records of the member's blocks.
+    buffers
+        The memory that chunks are encoded in and read into.
+    """
+
+    def __init__(self, info: SetInfo, member: str, log: CommitLog, buffers: Buffers) -> None:
+        self._storage = log.storage
+        self._info = info
+        self._member = member
+        self._log = log
+        self._dtype = DTYPES[info.dtype]
+        self._arrays = {array.name: array for array in info.arrays}
+        self._columns = {array.name: column for column, array in enumerate(info.arrays)}
+        self._scales_layout = info.scales_layout()
+        self._buffers = buffers
+        self._kept_scales = lru_cache(maxsize=KEPT_SCALES)(self._read_scales)
+
+    def write(self, block: int, features: Features, put: Put) -> WrittenChunks:
+        """Encode the features of a block, float32 [rows, k_j] of every group, and store each chunk with ``put``."""
+        arrays = self._info.arrays
+        written = in_parallel(
+            lambda array: self._write_group(block, array, features[array.name], put),
+            arrays,
+            threads=self._storage.concurrency,
+        )
+        objects = {self._path(array.name, block): item.entry for array, item in zip(arrays, written, strict=True)}
+        if self._scales_layout is not None:
+            path = chunk_path(self._info.scales_path(self._member), block, 0)
+            scales = np.stack([np.asarray(item.scale, np.float32) for item in written], axis=1)
+            objects[path] = put(self._place(path), encode_chunk(scales, self._scales_layout))
+        finite_rows = np.ones(len(next(iter(features.values()))), bool)
+        for item in written:
+            if item.finite_rows is not None:
+                finite_rows &= item.finite_rows
+        return WrittenChunks(
+            objects=objects,
+            rounding=sum((item.rounding for item in written), Rounding()),
+            saturated_groups=[
+                array.name for array, item in zip(arrays, written, strict=True) if item.rounding.saturated
+            ],
+            finite_rows=finite_rows,
+        )
+
+    def read(self, record: Record, into: Features) -> None:
+        """Read groups of a committed block into contiguous float32 arrays [rows, k_j], checksums verified.
+
+        Raises
+        ------
+        SupersededError
+            If the block was taken back since the record was read.
+        ObjectMissingError, IntegrityError
+            If a chunk is missing, or not what the record says.
+        """
+        # Once and before the groups, each of which would read them otherwise.
+        scales = None if self._scales_layout is None else self._kept_scales(record.unit, record.generation)
+
+        def read_group(name: str) -> None:
+            path, layout = self._path(name, record.unit), self._info.array_layout(self._arrays[name])
+            with self._buffers.borrow(layout.buffer_bytes) as buffer:
+                stored = self._read_into(record, path, layout, buffer)
+                self._decode(name, stored, scales, into[name])
+
+        in_parallel(read_group, into, threads=self._storage.concurrency)
+
+    def read_as_they_are(self, block: int, into: Features) -> None:
+        """Read groups of a block that no record speaks for, each chunk sound in itself.
+
+        Raises
+        ------
+        ObjectMissingError, IntegrityError
+            If a chunk is missing or damaged.
+        """
+        scales = None
+        if self._scales_layout is not None:
+            path = chunk_path(self._info.scales_path(self._member), block, 0)
+            scales = self._read_alone(path, self._scales_layout)
+        for name, out in into.items():
+            layout = self._info.array_layout(self._arrays[name])
+            self._decode(name, self._read_alone(self._path(name, block), layout), scales, out)
+
+    def _write_group(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32], put: Put) -> _Group:
+        layout, scale = self._info.array_layout(array), self._dtype.scale_of(values, array.scale)
+        with self._buffers.borrow(layout.raw_bytes) as buffer:
+            chunk = buffer.view(layout.stored_dtype).reshape(layout.chunk_shape)
+            rounding = self._dtype.encode(values, scale, chunk[: len(values)])
+            chunk[len(values) :] = layout.fill_value
+            entry = put(self._place(self._path(array.name, block)), encode_chunk(chunk, layout))
+        finite_rows = None if rounding.finite else np.logical_and.reduce(np.isfinite(values), axis=1)
+        return _Group(entry=entry, scale=scale, rounding=rounding, finite_rows=finite_rows)
+
+    def _read_scales(self, block: int, generation: int) -> npt.NDArray[np.float32]:
+        """Scales [rows of a chunk, groups] of a block, in memory of their own."""
+        assert self._scales_layout is not None
+        path = chunk_path(self._info.scales_path(self._member), block, 0)
+        buffer = np.empty(self._scales_layout.buffer_bytes, np.uint8)
+        return self._read_into(self._log.record(block, generation), path, self._scales_layout, buffer)
+
+    def _read_into(
+        self, record: Record, path: str, layout: ArrayLayout, buffer: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[Any]:
+        place, entry, remedy = self._place(path), record.objects[path], self._log.remedy()
+        return self._log.read(
+            record, place, lambda: read_chunk(self._storage, place, entry, layout, buffer, remedy=remedy)
+        )
+
+    def _read_alone(self, path: str, layout: ArrayLayout) -> npt.NDArray[Any]:
+        place = self._place(path)
+        decoded = decode_chunk(np.frombuffer(self._storage.read(place), np.uint8), layout)
+        if decoded is None:
+            raise IntegrityError(f"{self._storage.url}/{place}: is damaged. {self._log.remedy()}")
+        return decoded[0]
+
+    def _decode(
+        self,
+        name: str,
+        stored: npt.NDArray[Any],
+        scales: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        rows = len(out)
+        scale = self._arrays[name].scale if scales is None else scales[:rows, self._columns[name]]
+        self._dtype.decode(stored[:rows], scale, out)
+
+    def _path(self, name: str, block: int) -> str:
+        return chunk_path(self._info.array_path(self._member, name), block, 0)
+
+    def _place(self, path: str) -> str:
+        return f"{self._info.folder}/{path}"
