@@ -101,7 +101,9 @@ class ModelSection(Section):
         if len(set(names)) < len(names):
             raise SpecError(f"model.members: found the names {', '.join(names)}; each member needs its own.")
         if taken := [name for name in names if name in SET_FOLDERS]:
-            raise SpecError(f"model.members: found the name {taken[0]}, which is another folder's. Choose another name.")
+            raise SpecError(
+                f"model.members: found the name {taken[0]}, which is another folder's. Choose another name."
+            )
         return self
 
 

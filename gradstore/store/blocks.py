@@ -34,11 +34,19 @@ class ObjectEntry:
     crc32c: str
 
 
-def publish_object(storage: Storage, path: str, payload: Payload, *, adopt: bool = True) -> ObjectEntry:
+def publish_object(
+    storage: Storage,
+    path: str,
+    payload: Payload,
+    *,
+    adopt: bool = True,
+    before_replacing: Callable[[], object] = lambda: None,
+) -> ObjectEntry:
     """Publish an object unless there is one to be kept, and return what is there now.
 
     With ``adopt`` a sound object of another attempt is kept, because a record may name it already, though its numbers may
-    differ in the last digits; without, only one of equal content. Any other is replaced.
+    differ in the last digits; without, only one of equal content. Any other is replaced, unless ``before_replacing`` raises:
+    an attempt that slept must not replace what was committed since.
     """
     for _ in range(_ATTEMPTS):
         if storage.publish(path, payload.parts):
@@ -46,11 +54,15 @@ def publish_object(storage: Storage, path: str, payload: Payload, *, adopt: bool
         storage.forget(path)
         try:
             existing = storage.read(path)
+            if (found := payload.inspect(existing)) is None:
+                # Perhaps cut short on its way, not damaged: what is sound must not be replaced.
+                existing = storage.read(path)
+                found = payload.inspect(existing)
         except ObjectMissingError:
             continue
-        found = payload.inspect(existing)
         if found == payload.crc32c or (adopt and found is not None):
             return ObjectEntry(bytes=len(existing), crc32c=found)
+        before_replacing()
         storage.delete(path)
     raise StorageError(
         f"{storage.url}/{path}: was removed or found damaged {_ATTEMPTS} times while it was being written. "

@@ -231,6 +231,18 @@ class CommitLog:
             # Whoever takes a unit back takes the generation after that of an attempt, so that one name tells.
             raise self._superseded(unit)
 
+    def refuse_outrun(self, unit: int, generation: int) -> None:
+        """Make sure that an attempt may still replace objects of its unit: that no record names them, nor will.
+
+        Raises
+        ------
+        SupersededError
+            If its unit was taken back since it began, or another attempt has committed it.
+        """
+        self.refuse_overtaken(unit, generation)
+        if self._exists(unit, generation):
+            raise self._superseded(unit)
+
     def refuse_superseded(self, record: Record) -> None:
         """Make sure that a record still counts.
 
@@ -281,8 +293,8 @@ class CommitLog:
 
     def _superseded(self, unit: int) -> SupersededError:
         return SupersededError(
-            f"{self.storage.url}/{self.folder}: unit {unit} was taken back by a repair or an erasure while it was in use. "
-            "Run the same command again: it goes on from what is there now."
+            f"{self.storage.url}/{self.folder}: unit {unit} was taken back by a repair or an erasure, or committed by another "
+            "attempt, while it was in use. Run the same command again: it goes on from what is there now."
         )
 
     def _read(self, unit: int, generation: int) -> Record:

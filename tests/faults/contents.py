@@ -48,11 +48,12 @@ def undisturbed(info: SetInfo) -> dict[str, bytes]:
     return essence(made.storage)
 
 
-def damage(url: str) -> list[str]:
-    """What `gradstore verify --full` finds wrong with a store, or named by nothing: a line for each object."""
+def damage(url: str, *, finished: bool = True) -> list[str]:
+    """What `gradstore verify --full` finds wrong with a store, and if it is ``finished``, named by nothing."""
     found = verify(url, full=True, progress=Progress(quiet=True))
     lines = [f"{problem['path']}: {problem['found']}" for problem in found["problems"]]
-    return lines + [f"{url}: {what}" for what in ("orphans", "unknown") if found[what]["objects"]]
+    loose = ("orphans", "unknown") if finished else ("unknown",)
+    return lines + [f"{url}: {what}" for what in loose if found[what]["objects"]]
 
 
 def _read_all(storage: Storage, folder: str) -> dict[str, bytes]:

@@ -120,12 +120,13 @@ def test_zarr_python_would_have_compressed_a_chunk_to_the_same_bytes(tmp_path: P
         chunks=ours.chunks,
         dtype=ours.dtype,
         fill_value=ours.fill_value,
+        chunk_key_encoding={"name": "default", "separator": "."},
         compressors=ours.compressors,
         filters=None,
     )
     theirs[:4] = ours[:4]
-    first = (tmp_path / "ours" / inside / "c/0/0").read_bytes()
-    assert first == (tmp_path / "theirs" / "c/0/0").read_bytes()
+    first = (tmp_path / "ours" / inside / "c.0.0").read_bytes()
+    assert first == (tmp_path / "theirs" / "c.0.0").read_bytes()
     assert [type(codec).__name__ for codec in ours.compressors] == ["BloscCodec", "Crc32cCodec"]
 
 
@@ -134,7 +135,7 @@ def test_zarr_python_would_have_compressed_a_chunk_to_the_same_bytes(tmp_path: P
 def test_a_flipped_bit_of_a_compressed_chunk_is_noticed(tmp_path: Path, dtype: DtypeName, reader: str) -> None:
     made = filled(tmp_path, dtype, "blosc")
     inside = f"features/train/{made.info.array_path('m0', made.info.arrays[0].name)}"
-    chunk = tmp_path / inside / "c/0/0"
+    chunk = tmp_path / inside / "c.0.0"
     data = bytearray(chunk.read_bytes())
     data[20] ^= 2
     chunk.write_bytes(data)

@@ -76,7 +76,7 @@ def test_tensorstore_reads_the_stored_values(tmp_path: Path, dtype: Literal["flo
 def test_every_reader_notices_a_flipped_bit(tmp_path: Path) -> None:
     made = filled(tmp_path)
     path = tmp_path / "features/train" / made.info.array_path("m0", "a/b")
-    chunk = path / "c/0/0"
+    chunk = path / "c.0.0"
     data = bytearray(chunk.read_bytes())
     data[9] ^= 2
     chunk.write_bytes(data)
@@ -97,12 +97,13 @@ def test_what_zarr_python_writes_the_store_would_have_written(tmp_path: Path) ->
         chunks=(made.info.block_rows, array.features),
         dtype="float32",
         fill_value=float("nan"),
+        chunk_key_encoding={"name": "default", "separator": "."},
         compressors=zarr.codecs.Crc32cCodec(),
         filters=None,
     )
     theirs[:4] = made.read_block(0)[array.name]
     theirs[8:] = made.read_block(2)[array.name]
-    for chunk in ("c/0/0", "c/2/0"):
+    for chunk in ("c.0.0", "c.2.0"):
         ours = (tmp_path / "ours" / inside / chunk).read_bytes()
         written = (tmp_path / "theirs" / chunk).read_bytes()
         # zarr-python fills the rows below the array's end with the fill value too, so the whole object is equal.

@@ -25,7 +25,7 @@ from tests.servers import S3Server
 _NAMES = count()
 INFO = stores.set_info(rows=12, block_rows=4)
 SET = INFO.folder
-CHUNK = f"{SET}/m0/layers.0.mlp/c/1/0"
+CHUNK = f"{SET}/m0/layers.0.mlp/c.1.0"
 EXAMPLES = f"{SET}/examples/m0/000001.parquet"
 STATISTICS = f"{SET}/statistics/m0/000001.parquet"
 RECORD = f"{SET}/blocks/m0/000001.0.json"
@@ -125,14 +125,14 @@ def test_a_damaged_document_is_named_and_restoring_it_restores_all(
     require_right(made, [0, 1, 2])
 
 
-@pytest.mark.parametrize("other", [f"{SET}/m0/layers.0.mlp/c/2/0", f"{SET}/m0/layers.1.mlp/c/1/0"])
+@pytest.mark.parametrize("other", [f"{SET}/m0/layers.0.mlp/c.2.0", f"{SET}/m0/layers.1.mlp/c.1.0"])
 def test_two_chunks_that_changed_places_are_caught_though_each_is_sound_in_itself(made: FeatureSet, other: str) -> None:
     first, second = made.storage.read(CHUNK), made.storage.read(other)
     put(made.storage, CHUNK, second)
     put(made.storage, other, first)
     for path in (CHUNK, other):
         with pytest.raises(IntegrityError, match=f"{re.escape(made.storage.url)}/{path}: "):
-            opened(made).read_block(int(path.split("/")[-2]), [path.split("/")[3]])
+            opened(made).read_block(int(path.split(".")[-2]), [path.split("/")[3]])
     require_named_by_verification(made, CHUNK)
     require_right(made, [0])
 

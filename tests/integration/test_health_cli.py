@@ -29,7 +29,7 @@ from tests.servers import S3Server
 from tests.storages import Killed, KillingStorage
 
 Run = Callable[..., tuple[int, Any, str]]
-CHUNK = "features/train/m0/model.layers.0.mlp.up_proj/c/1/0"
+CHUNK = "features/train/m0/model.layers.0.mlp.up_proj/c.1.0"
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_run_after_a_repair_computes_the_broken_block_alone_and_the_same_byt
     before, records = contents(storage), FeatureStore.open(storage).open_set("train").log.committed()
     assert run("verify", storage.url, "--full", "--quiet")[0] == 0
     chunk = next(
-        object_path for object_path in before if object_path.endswith("/c/1/0") and "/train/m0/" in object_path
+        object_path for object_path in before if object_path.endswith("/c.1.0") and "/train/m0/" in object_path
     )
     flip(storage, chunk)
     assert run("repair", storage.url, "--full", "--quiet")[0] == 0
@@ -163,7 +163,7 @@ def test_gc_removes_what_is_older_than_the_grace_time(run: Run, store: Path) -> 
     (store / "report.html").write_text("a page")
     before = files(store)
     orphans = {
-        path for path in before if re.match(r"features/learn/(m0/.*/c/1/0|(examples|statistics)/m0/000001)", path)
+        path for path in before if re.match(r"features/learn/(m0/.*/c.1.0|(examples|statistics)/m0/000001)", path)
     }
     assert len(orphans) == 4
     # A checkout gives every file the time of now.
@@ -223,7 +223,7 @@ def test_stat_counts_every_object_once(run: Run, store: Path) -> None:
 
 
 def test_stat_says_which_part_is_damaged(run: Run, store: Path) -> None:
-    (store / "kernels/block/m0/eigenvalues/head%2F%CE%BC/c/0").unlink()
+    (store / "kernels/block/m0/eigenvalues/head%2F%CE%BC/c.0").unlink()
     code, found, _ = run("stat", store, "--json")
     assert code == 0
     assert {item["path"]: item["health"] for item in found["artifacts"]} == {
@@ -258,7 +258,7 @@ def test_a_store_on_s3_is_verified_repaired_and_tidied(
     write_missing(made)
     before = made.read_block(1)
     assert run("verify", url, "--full", "--quiet")[0] == 0
-    path = "features/train/m0/layers.0.mlp/c/1/0"
+    path = "features/train/m0/layers.0.mlp/c.1.0"
     data = bytearray(made.storage.read(path))
     data[3] ^= 8
     open_storage(url, copies=False).replace(path, (bytes(data),))

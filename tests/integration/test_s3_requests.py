@@ -218,7 +218,7 @@ def test_a_server_that_goes_on_failing_ends_in_an_error_that_names_the_object(
         with pytest.raises(StorageError, match=rf"{storage.url}/some/object: {said}.* Tried \d+ times in \d seconds"):
             open_storage(storage.url).read("some/object")
         assert time.monotonic() - begun < 10
-        assert proxy.injected[fault] > 1
+        assert proxy.injected[fault] >= 1
 
 
 def test_a_server_that_never_answers_is_given_up(

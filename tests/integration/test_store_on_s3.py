@@ -112,7 +112,7 @@ def test_what_obstore_wrote_s3fs_and_xarray_read(server: S3Server, monkeypatch: 
 def test_damage_on_s3_is_caught_and_the_object_named(server: S3Server) -> None:
     made = stores.create(server.url(f"store-{next(_NAMES)}"), stores.set_info())
     stores.write(made, 0)
-    path = "features/train/m0/layers.0.mlp/c/0/0"
+    path = "features/train/m0/layers.0.mlp/c.0.0"
     data = bytearray(made.storage.read(path))
     data[3] ^= 8
     made.storage.delete(path)

@@ -169,7 +169,7 @@ class CommitProtocol(RuleBasedStateMachine):
 
     def damage(self, block: int, data: st.DataObject) -> str | None:
         """Cut an object of a block short, if it has one; return its path."""
-        ends = (f"/c/{block}/0", f"examples/m0/{block:06d}.parquet", f"statistics/m0/{block:06d}.parquet")
+        ends = (f"/c.{block}.0", f"examples/m0/{block:06d}.parquet", f"statistics/m0/{block:06d}.parquet")
         found = sorted(info.path for info in self.storage.list_objects(INFO.folder) if info.path.endswith(ends))
         if not found:
             return None

@@ -147,7 +147,7 @@ def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_pruni
 def test_a_damaged_object_of_an_artifact_is_named_and_made_anew_once_its_unit_is_taken_back(storage: Storage) -> None:
     kernel = make_kernel(storage)
     write_bundle(kernel, 0)
-    chunk = "kernels/block/m0/eigenvectors/blocks/c/0/0"
+    chunk = "kernels/block/m0/eigenvectors/blocks/c.0.0"
     storage.delete(chunk)
     storage.publish(chunk, [b"x"])
     with pytest.raises(IntegrityError) as caught:
@@ -188,7 +188,7 @@ def test_deleted_metadata_and_scales_are_restored_though_the_artifact_is_complet
     made, values = make_contributions(storage, "float16")
     for block in range(3):
         made.write_block(block, values[:, slice(*made.shape.block_range(block))], facts={})
-    before = {path: storage.read(f"{made.folder}/{path}") for path in ("values/c/zarr.json", "values/scale/c/0")}
+    before = {path: storage.read(f"{made.folder}/{path}") for path in ("values/c/zarr.json", "values/scale/c.0")}
     for path in before:
         storage.delete(f"{made.folder}/{path}")
     make_contributions(storage, "float16")
@@ -281,7 +281,7 @@ def test_creators_at_any_moment_of_each_other_make_one_artifact(storage: Storage
     folder = f"{made.folder}/values"
     layout = json.loads(storage.read(f"{folder}/c/zarr.json"))["chunk_grid"]["configuration"]["chunk_shape"]
     assert layout == [made.shape.query_tile, made.shape.block_rows, 3]
-    assert storage.read(f"{folder}/scale/c/0")[:-4] == made.scales.tobytes()
+    assert storage.read(f"{folder}/scale/c.0")[:-4] == made.scales.tobytes()
     assert "groups" in json.loads(storage.read(f"{folder}/c/zarr.json"))["attributes"]
 
 
@@ -311,7 +311,7 @@ def test_contributions_of_another_shape_are_refused(storage: Storage) -> None:
 def test_a_flipped_bit_in_contributions_is_caught(storage: Storage) -> None:
     made, values = make_contributions(storage)
     made.write_block(0, values[:, :3], facts={})
-    path = "contributions/block/eval/values/c/c/1/0/0"
+    path = "contributions/block/eval/values/c/c.1.0.0"
     data = bytearray(storage.read(path))
     data[5] ^= 1
     storage.delete(path)

@@ -70,13 +70,13 @@ def test_of_several_claims_the_first_counts_for_all(storage: Storage) -> None:
 
 @pytest.mark.parametrize("position", [0, 7, -1])
 def test_a_flipped_bit_is_caught_and_the_object_named(storage: Storage, position: int) -> None:
-    entry = publish_object(storage, "m0/a/c/0/0", ONES)
-    data = bytearray(storage.read("m0/a/c/0/0"))
+    entry = publish_object(storage, "m0/a/c.0.0", ONES)
+    data = bytearray(storage.read("m0/a/c.0.0"))
     data[position] ^= 4
-    storage.delete("m0/a/c/0/0")
-    storage.publish("m0/a/c/0/0", [bytes(data)])
-    with pytest.raises(IntegrityError, match=r"m0/a/c/0/0: its bytes are not those that were committed\. Do so\."):
-        read_chunk(storage, "m0/a/c/0/0", entry, LAYOUT, np.empty(LAYOUT.chunk_bytes, np.uint8), remedy="Do so.")
+    storage.delete("m0/a/c.0.0")
+    storage.publish("m0/a/c.0.0", [bytes(data)])
+    with pytest.raises(IntegrityError, match=r"m0/a/c.0.0: its bytes are not those that were committed\. Do so\."):
+        read_chunk(storage, "m0/a/c.0.0", entry, LAYOUT, np.empty(LAYOUT.chunk_bytes, np.uint8), remedy="Do so.")
 
 
 def test_a_swapped_chunk_is_caught_though_its_own_checksum_is_right(storage: Storage) -> None:

@@ -88,10 +88,10 @@ def test_a_damaged_set_document_is_made_anew_when_it_is_deleted_as_the_message_s
 def test_a_damaged_chunk_is_named_with_the_commands_that_make_it_anew(url: str) -> None:
     made = stores.create(url, stores.set_info())
     stores.write(made, 1)
-    for path in ("m0/layers.0.mlp/c/1/0", "examples/m0/000001.parquet"):
+    for path in ("m0/layers.0.mlp/c.1.0", "examples/m0/000001.parquet"):
         made.storage.delete(f"features/train/{path}")
     said = rf"Run `gradstore repair {url}`, then `gradstore featurize` again"
-    with pytest.raises(ObjectMissingError, match=rf"layers\.0\.mlp/c/1/0: is missing.*{said}"):
+    with pytest.raises(ObjectMissingError, match=rf"layers\.0\.mlp/c.1.0: is missing.*{said}"):
         made.read_block(1)
     with pytest.raises(ObjectMissingError, match=rf"examples/m0/000001\.parquet: is missing.*{said}"):
         made.read_examples()

@@ -175,9 +175,9 @@ def test_a_second_erasure_keeps_the_first(storage: Storage) -> None:
 
 def test_a_damaged_block_is_left_alone_until_it_is_repaired(storage: Storage) -> None:
     written(storage)
-    path = "features/train/m0/layers.0.mlp/c/1/0"
+    path = "features/train/m0/layers.0.mlp/c.1.0"
     storage.replace(path, [storage.read(path)[:-1]])
-    with pytest.raises(IntegrityError, match=r"layers\.0\.mlp/c/1/0.*gradstore repair"):
+    with pytest.raises(IntegrityError, match=r"layers\.0\.mlp/c\.1\.0.*gradstore repair"):
         erase(storage, [5])
     opened(storage).log.take_back(1, "repair")
     erase(storage, [5])

@@ -304,7 +304,7 @@ def test_a_damaged_chunk_ends_the_export_and_leaves_the_old_file_alone(tmp_path:
     filled(str(tmp_path / "store"), stores.set_info())
     out = tmp_path / f"out{suffix}"
     out.write_bytes(b"old")
-    chunk = tmp_path / "store/features/train/m0/layers.1.mlp/c/2/0"
+    chunk = tmp_path / "store/features/train/m0/layers.1.mlp/c.2.0"
     data = bytearray(chunk.read_bytes())
     data[3] ^= 4
     chunk.write_bytes(data)
@@ -337,7 +337,7 @@ def test_a_killed_export_leaves_nothing_under_the_name_of_the_file(tmp_path: Pat
 def last_chunk_becomes_a_pipe(made: FeatureSet, store: Path) -> None:
     """Make whoever reads the last chunk wait for ever, so that a kill is sure to come before the end."""
     block, array = made.info.num_blocks - 1, made.info.arrays[-1]
-    chunk = store / "features/train" / made.info.array_path("m0", array.name) / f"c/{block}/0"
+    chunk = store / "features/train" / made.info.array_path("m0", array.name) / f"c.{block}.0"
     chunk.unlink()
     os.mkfifo(chunk)
 

@@ -152,9 +152,9 @@ def test_the_record_names_every_object_of_the_block(url: str) -> None:
     made = stores.create(url, stores.set_info())
     record = stores.write(made, 1)
     assert set(record.objects) == {
-        "m0/layers.0.mlp/c/1/0",
-        "m0/layers.1.mlp/c/1/0",
-        "m0/head%2F%CE%BC/c/1/0",
+        "m0/layers.0.mlp/c.1.0",
+        "m0/layers.1.mlp/c.1.0",
+        "m0/head%2F%CE%BC/c.1.0",
         "examples/m0/000001.parquet",
         "statistics/m0/000001.parquet",
     }
@@ -383,7 +383,7 @@ def test_a_set_of_any_length_reads_back(url: str, rows: int, blocks: int) -> Non
 def test_on_disk_a_flipped_bit_is_caught_and_the_file_named(tmp_path: Path) -> None:
     made = stores.create(str(tmp_path), stores.set_info())
     stores.write(made, 0)
-    chunk = tmp_path / "features/train/m0/layers.1.mlp/c/0/0"
+    chunk = tmp_path / "features/train/m0/layers.1.mlp/c.0.0"
     data = bytearray(chunk.read_bytes())
     data[17] ^= 1
     chunk.write_bytes(data)

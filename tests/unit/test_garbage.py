@@ -24,7 +24,7 @@ from tests.health import check, contents, fixture_in_memory, flip, problems, wri
 from tests.storages import Killed, KillingStorage
 
 DAY = 86_400.0
-CHUNK = "features/train/m0/layers.0.mlp/c/1/0"
+CHUNK = "features/train/m0/layers.0.mlp/c.1.0"
 _NAMES = count()
 
 
@@ -129,7 +129,7 @@ def test_a_block_that_was_just_taken_back_is_left_to_who_computes_it_anew() -> N
 
 def test_nothing_goes_but_orphans_from_a_store_of_everything() -> None:
     storage = fixture_in_memory()
-    strangers = ["report.html", "features/train/notes.txt", "kernels/block/m0/extra/c/0", "features/old/m0/a/c/0/0"]
+    strangers = ["report.html", "features/train/notes.txt", "kernels/block/m0/extra/c.0", "features/old/m0/a/c.0.0"]
     for path in strangers:
         storage.publish(path, [b"somebody's"])
     before = stores.all_objects(storage)
@@ -208,7 +208,7 @@ def test_what_an_erasure_goes_on_from_stays_until_it_has_ended() -> None:
 def test_what_somebody_is_at_work_on_stays() -> None:
     made = with_an_attempt_that_died()
     storage = made.storage
-    gone = "features/train/m0/layers.0.mlp/c/0/0"
+    gone = "features/train/m0/layers.0.mlp/c.0.0"
     # Its records were listed before it was taken back, and its chunks after.
     listed = {path: info for path, info in check(storage).survey.listing.items() if path != gone}
     made.log.take_back(0, "erase", {"erased": [1], "of": 0})

@@ -100,7 +100,7 @@ def test_a_reader_whose_block_was_taken_back_and_changed_is_told_so(storage: Sto
     reader = reopened(made)
     reader.log.pin()
     made.log.take_back(0, "repair")
-    storage.delete("features/train/m0/layers.0.mlp/c/0/0")
+    storage.delete("features/train/m0/layers.0.mlp/c.0.0")
     with pytest.raises(SupersededError, match="Run the same command again"):
         reader.read_block(0)
 
@@ -121,4 +121,4 @@ def test_bytes_that_were_damaged_on_their_way_are_read_again(storage: Storage, m
     monkeypatch.setattr(storage, "forget", forgotten.append)
     found = reopened(made).read_block(0, ["layers.0.mlp"])
     np.testing.assert_array_equal(found["layers.0.mlp"], stores.features(made.info, 0)["layers.0.mlp"])
-    assert forgotten == ["features/train/m0/layers.0.mlp/c/0/0"]
+    assert forgotten == ["features/train/m0/layers.0.mlp/c.0.0"]

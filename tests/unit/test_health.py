@@ -21,13 +21,13 @@ _NAMES = count()
 
 TRAIN = "features/train"
 GROUP = f"{TRAIN}/m0/model.layers.0.mlp.up_proj"
-CHUNK = f"{GROUP}/c/1/0"
+CHUNK = f"{GROUP}/c.1.0"
 TABLE = f"{TRAIN}/examples/m0/000001.parquet"
 RECORD = f"{TRAIN}/blocks/m0/000001.0.json"
 KERNEL = "kernels/block/m0"
 C = "contributions/block/eval"
-SCALES = "features/learn-int8/scales/m0/c/0/0"
-COMPRESSED = "features/learn/m0/model.layers.0.mlp.up_proj/c/0/0"
+SCALES = "features/learn-int8/scales/m0/c.0.0"
+COMPRESSED = "features/learn/m0/model.layers.0.mlp.up_proj/c.0.0"
 INPUTS = f"{TRAIN}/inputs/000001.1.parquet"
 
 Damage = Callable[[Storage], object]
@@ -76,10 +76,10 @@ SEEN_BY_ALL: list[tuple[str, Damage, set[tuple[str, str]]]] = [
     ("deleted metadata", lambda s: s.delete(f"{GROUP}/zarr.json"), {("missing metadata", f"{GROUP}/zarr.json")}),
     ("deleted root metadata", lambda s: s.delete("zarr.json"), {("missing metadata", "zarr.json")}),
     ("wrong metadata", rewrite_metadata, {("wrong metadata", f"{GROUP}/zarr.json")}),
-    ("deleted scale", lambda s: s.delete(f"{C}/values/scale/c/0"), {("missing metadata", f"{C}/values/scale/c/0")}),
-    ("flipped scale", lambda s: flip(s, f"{C}/values/scale/c/0"), {("wrong metadata", f"{C}/values/scale/c/0")}),
+    ("deleted scale", lambda s: s.delete(f"{C}/values/scale/c.0"), {("missing metadata", f"{C}/values/scale/c.0")}),
+    ("flipped scale", lambda s: flip(s, f"{C}/values/scale/c.0"), {("wrong metadata", f"{C}/values/scale/c.0")}),
     ("deleted scales", lambda s: s.delete(SCALES), {("missing object", SCALES)}),
-    ("deleted block of C", lambda s: s.delete(f"{C}/values/c/c/0/1/0"), {("missing object", f"{C}/values/c/c/0/1/0")}),
+    ("deleted block of C", lambda s: s.delete(f"{C}/values/c/c.0.1.0"), {("missing object", f"{C}/values/c/c.0.1.0")}),
 ]
 SEEN_BY_FULL: list[tuple[str, Damage, set[tuple[str, str]]]] = [
     ("flipped chunk", lambda s: flip(s, CHUNK), {("wrong bytes", CHUNK)}),
@@ -90,15 +90,15 @@ SEEN_BY_FULL: list[tuple[str, Damage, set[tuple[str, str]]]] = [
     ("flipped inputs", lambda s: flip(s, INPUTS), {("damaged inputs", INPUTS)}),
     (
         "swapped chunks",
-        lambda s: swap(s, CHUNK, f"{GROUP}/c/0/0"),
-        {("wrong bytes", CHUNK), ("wrong bytes", f"{GROUP}/c/0/0")},
+        lambda s: swap(s, CHUNK, f"{GROUP}/c.0.0"),
+        {("wrong bytes", CHUNK), ("wrong bytes", f"{GROUP}/c.0.0")},
     ),
     (
         "flipped spectrum",
-        lambda s: flip(s, f"{KERNEL}/eigenvectors/head%2F%CE%BC/c/0/0"),
-        {("wrong bytes", f"{KERNEL}/eigenvectors/head%2F%CE%BC/c/0/0")},
+        lambda s: flip(s, f"{KERNEL}/eigenvectors/head%2F%CE%BC/c.0.0"),
+        {("wrong bytes", f"{KERNEL}/eigenvectors/head%2F%CE%BC/c.0.0")},
     ),
-    ("flipped block of C", lambda s: flip(s, f"{C}/values/c/c/1/0/0"), {("wrong bytes", f"{C}/values/c/c/1/0/0")}),
+    ("flipped block of C", lambda s: flip(s, f"{C}/values/c/c.1.0.0"), {("wrong bytes", f"{C}/values/c/c.1.0.0")}),
 ]
 
 
@@ -111,8 +111,8 @@ def test_a_sound_store_of_everything_that_the_format_has_is_clean(full: bool) ->
     # What the block that was taken back left behind: two chunks and two tables.
     assert sorted(info.path for info in health.loose) == [
         "features/learn/examples/m0/000001.parquet",
-        "features/learn/m0/model.layers.0.mlp.up_proj/c/1/0",
-        "features/learn/m0/model.layers.1.mlp.down_proj/c/1/0",
+        "features/learn/m0/model.layers.0.mlp.up_proj/c.1.0",
+        "features/learn/m0/model.layers.1.mlp.down_proj/c.1.0",
         "features/learn/statistics/m0/000001.parquet",
     ]
 
@@ -231,7 +231,7 @@ def test_a_block_that_was_written_anew_since_the_listing_is_no_problem() -> None
     storage = made.storage
     listed = [*storage.list_objects("")]
     made.log.take_back(0, "repair")
-    storage.delete("features/train/m0/layers.0.mlp/c/0/0")
+    storage.delete("features/train/m0/layers.0.mlp/c.0.0")
 
     class ListingFromBefore(MemoryStorage):
         def list_objects(self, folder: str) -> Iterator[ObjectInfo]:

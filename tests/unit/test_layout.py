@@ -66,7 +66,7 @@ def test_a_name_of_a_set_or_artifact_that_is_no_plain_folder_name_is_refused(nam
 
 def test_paths_sort_in_the_order_of_blocks() -> None:
     assert part_path("examples", 12) == "examples/000012.parquet"
-    assert chunk_path("m0/a", 12, 0) == "m0/a/c/12/0"
+    assert chunk_path("m0/a", 12, 0) == "m0/a/c.12.0"
     assert record_path("features/train/blocks", 12, 1) == "features/train/blocks/000012.1.json"
 
 
@@ -105,3 +105,32 @@ def test_chunks_at_the_end_hold_less_than_a_chunk() -> None:
     assert layout.chunk_extent((0, 0)) == (8, 4)
     assert layout.chunk_extent((1, 0)) == (2, 4)
     assert layout.chunk_bytes == 8 * 4 * 2 + 4
+
+
+def test_metadata_of_many_arrays_is_what_zarr_makes_of_each() -> None:
+    nan = float("nan")
+    kinds = [
+        ("float32", "none", 2, nan),
+        ("float16", "none", 2, nan),
+        ("float16", "blosc", 2, nan),
+        ("int8", "none", 1, 0),
+    ]
+    arrays = {
+        f"features/{place}/{dtype} {compression}/μ{index}": ArrayLayout(
+            shape=(index + 1,) * ndim,
+            chunk_shape=(4,) * ndim,
+            dtype=dtype,
+            dimension_names=("example", "feature:μ")[:ndim],
+            attributes={"group": f"μ{index}", "scale_factor": 0.5, "nested": [{"a": None}]},
+            compression=compression,
+            fill_value=fill_value,
+        )
+        for index in range(3)
+        for place in ("one", "two")
+        for dtype, compression, ndim, fill_value in kinds
+    }
+    together = metadata_objects(arrays)
+    alone: dict[str, bytes] = {}
+    for path, layout in arrays.items():
+        alone |= metadata_objects({path: layout})
+    assert together == alone

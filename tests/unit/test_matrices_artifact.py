@@ -82,7 +82,9 @@ def test_matrices_of_other_examples_are_refused_with_a_way_out(storage: Storage)
         make(storage, examples="xyz")
 
     assert "examples: store has 'abc', the run asks for 'xyz'" in str(caught.value)
-    assert f"`gradstore prune {storage.url} projections/components`: `gradstore featurize` then makes it anew" in str(caught.value)
+    assert f"`gradstore prune {storage.url} projections/components`: `gradstore featurize` then makes it anew" in str(
+        caught.value
+    )
 
 
 def test_there_are_none_where_none_were_made(storage: Storage) -> None:

@@ -92,7 +92,7 @@ def test_opening_reads_no_features_and_a_slice_reads_only_the_blocks_that_hold_i
     assert chunks_read == []
     part = opened["layers.0.mlp"].isel({"example": slice(5, 7), "feature:layers.0.mlp": slice(1, None)})
     np.testing.assert_array_equal(part.values, exact[5:7, 1:])
-    assert chunks_read == ["features/train/m0/layers.0.mlp/c/1/0"]
+    assert chunks_read == ["features/train/m0/layers.0.mlp/c.1.0"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_an_uncommitted_block_is_nan_and_its_examples_are_unknown(url: str, chun
     made = filled(url, stores.set_info(), without=[1])
     opened = gradstore.open(url)
     np.testing.assert_array_equal(opened["head/μ"].values, whole(made, "head/μ", without=[1]))
-    assert "features/train/m0/head%2F%CE%BC/c/1/0" not in chunks_read
+    assert "features/train/m0/head%2F%CE%BC/c.1.0" not in chunks_read
     assert opened.attrs["snapshot"] == [[0, 0], [2, 0]]
     unknown = opened.isel(example=slice(4, 8))
     assert unknown["example_id"].isnull().all()
@@ -201,7 +201,7 @@ def test_a_store_made_anew_at_the_same_place_is_not_mistaken_for_the_old(url: st
 
 def test_a_flipped_bit_is_an_error_that_names_the_chunk(tmp_path: Path) -> None:
     filled(str(tmp_path), stores.set_info())
-    chunk = tmp_path / "features/train/m0/layers.1.mlp/c/2/0"
+    chunk = tmp_path / "features/train/m0/layers.1.mlp/c.2.0"
     data = bytearray(chunk.read_bytes())
     data[5] ^= 1
     chunk.write_bytes(data)
@@ -332,7 +332,7 @@ def test_a_slice_of_contributions_reads_only_the_tiles_and_blocks_that_hold_it(
     chunks_read.clear()
     part = found.isel(query=[4, 1], example=slice(5, 7)).sel(group="layers.1.mlp")
     np.testing.assert_array_equal(part.values, values[[4, 1], 5:7, 1])
-    assert sorted(chunks_read) == [f"contributions/block/eval/values/c/c/{tile}/1/0" for tile in (0, 2)]
+    assert sorted(chunks_read) == [f"contributions/block/eval/values/c/c.{tile}.1.0" for tile in (0, 2)]
 
 
 def test_contributions_of_uncommitted_blocks_are_nan(url: str) -> None:

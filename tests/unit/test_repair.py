@@ -28,7 +28,7 @@ from tests.health import (
 )
 from tests.storages import Killed, KillingStorage
 
-CHUNK = "features/train/b/layers.0.mlp/c/1/0"
+CHUNK = "features/train/b/layers.0.mlp/c.1.0"
 TABLE = "features/train/examples/b/000001.parquet"
 RECORD = "features/train/blocks/b/000001.0.json"
 
@@ -85,7 +85,7 @@ def attempts_of(storage: Storage) -> dict[tuple[str, int], str]:
 def test_of_swapped_chunks_each_is_sound_and_both_blocks_are_computed_anew() -> None:
     storage = written_store()
     before = contents(storage)
-    other = CHUNK.replace("/c/1/", "/c/0/")
+    other = CHUNK.replace("/c.1.", "/c.0.")
     swap(storage, CHUNK, other)
     mended = repaired(storage)
     assert {path for item in mended.taken_back for path in item.removed} == {CHUNK, other}
@@ -152,8 +152,8 @@ def test_a_lost_generation_is_mended_by_a_higher_one_that_every_reader_finds() -
 def test_units_of_artifacts_are_made_anew() -> None:
     storage = fixture_in_memory()
     before = contents(storage)
-    flip(storage, "kernels/block/m0/eigenvalues/head%2F%CE%BC/c/0")
-    flip(storage, "contributions/block/eval/values/c/c/0/1/0")
+    flip(storage, "kernels/block/m0/eigenvalues/head%2F%CE%BC/c.0")
+    flip(storage, "contributions/block/eval/values/c/c.0.1.0")
     mended = repaired(storage)
     assert [(item.unit.ledger.name, item.unit.number) for item in mended.taken_back] == [
         ("contributions/block/eval", 1),

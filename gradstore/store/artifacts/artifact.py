@@ -15,6 +15,7 @@ from gradstore.store.artifacts.staleness import changed_blocks, snapshots_in
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import (
     Buffers,
+    ObjectEntry,
     claim_document,
     in_parallel,
     publish_metadata,
@@ -193,11 +194,18 @@ class Artifact(ABC):
         generation = self.log.begin(unit)
         if generation is None:
             return self._record(unit)
-        entries = in_parallel(
-            lambda item: publish_object(self.storage, f"{self.folder}/{item[0]}", item[1], adopt=False),
-            payloads.items(),
-            threads=self.storage.concurrency,
-        )
+
+        def put(item: tuple[str, Payload]) -> ObjectEntry:
+            path, payload = item
+            return publish_object(
+                self.storage,
+                f"{self.folder}/{path}",
+                payload,
+                adopt=False,
+                before_replacing=lambda: self.log.refuse_outrun(unit, generation),
+            )
+
+        entries = in_parallel(put, payloads.items(), threads=self.storage.concurrency)
         return self.log.commit(unit, generation, dict(zip(payloads, entries, strict=True)), facts)
 
     def _committed(self, unit: int) -> Record | None:

@@ -102,6 +102,7 @@ def read_settings(bucket: str) -> S3Settings:
     if virtual_hosted:
         # obstore's convention is an endpoint that names the bucket, botocore's is one that does not.
         endpoint = endpoint.replace(f"://{bucket}.", "://", 1)
+    retry_seconds = _seconds("GRADSTORE_S3_RETRY_SECONDS", 180.0)
     return S3Settings(
         endpoint=endpoint,
         region=os.environ.get("AWS_REGION")
@@ -109,9 +110,9 @@ def read_settings(bucket: str) -> S3Settings:
         or str(profile.get("region", "us-east-1")),
         virtual_hosted=virtual_hosted,
         anonymous=_switch("AWS_SKIP_SIGNATURE", os.environ.get("AWS_SKIP_SIGNATURE", "false")),
-        retry_seconds=_seconds("GRADSTORE_S3_RETRY_SECONDS", 180.0),
-        # At 16 in flight of 64 MiB each, 70 Mbit/s are needed.
-        timeout_seconds=max(1.0, _seconds("GRADSTORE_S3_TIMEOUT_SECONDS", 120.0)),
+        retry_seconds=retry_seconds,
+        # At 16 in flight of 64 MiB each, 70 Mbit/s are needed. No longer than all tries together, and never no time at all.
+        timeout_seconds=max(1.0, min(_seconds("GRADSTORE_S3_TIMEOUT_SECONDS", 120.0), retry_seconds)),
         session=session,
     )
 

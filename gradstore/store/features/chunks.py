@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -82,6 +82,9 @@ class FeatureChunks:
         self._scales_layout = info.scales_layout()
         self._buffers = buffers
         self._kept_scales = lru_cache(maxsize=KEPT_SCALES)(self._read_scales)
+        # Attributes and an encoded name cost as much as reading a small chunk.
+        self._layout = cache(lambda name: info.array_layout(self._arrays[name]))
+        self._array_path = cache(lambda name: info.array_path(member, name))
 
     def write(self, block: int, features: Features, put: Put) -> WrittenChunks:
         """Encode the features of a block, float32 [rows, k_j] of every group, and store each chunk with ``put``."""
@@ -123,7 +126,7 @@ class FeatureChunks:
         scales = None if self._scales_layout is None else self._kept_scales(record.unit, record.generation)
 
         def read_group(name: str) -> None:
-            path, layout = self._path(name, record.unit), self._info.array_layout(self._arrays[name])
+            path, layout = self._path(name, record.unit), self._layout(name)
             with self._buffers.borrow(layout.buffer_bytes) as buffer:
                 stored = self._read_into(record, path, layout, buffer)
                 self._decode(name, stored, scales, into[name])
@@ -143,11 +146,11 @@ class FeatureChunks:
             path = chunk_path(self._info.scales_path(self._member), block, 0)
             scales = self._read_alone(path, self._scales_layout)
         for name, out in into.items():
-            layout = self._info.array_layout(self._arrays[name])
+            layout = self._layout(name)
             self._decode(name, self._read_alone(self._path(name, block), layout), scales, out)
 
     def _write_group(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32], put: Put) -> _Group:
-        layout, scale = self._info.array_layout(array), self._dtype.scale_of(values, array.scale)
+        layout, scale = self._layout(array.name), self._dtype.scale_of(values, array.scale)
         with self._buffers.borrow(layout.raw_bytes) as buffer:
             chunk = buffer.view(layout.stored_dtype).reshape(layout.chunk_shape)
             rounding = self._dtype.encode(values, scale, chunk[: len(values)])
@@ -190,7 +193,7 @@ class FeatureChunks:
         self._dtype.decode(stored[:rows], scale, out)
 
     def _path(self, name: str, block: int) -> str:
-        return chunk_path(self._info.array_path(self._member, name), block, 0)
+        return chunk_path(self._array_path(name), block, 0)
 
     def _place(self, path: str) -> str:
         return f"{self._info.folder}/{path}"

@@ -158,7 +158,13 @@ class FeatureSet:
 
         def put(path: str, payload: Payload) -> ObjectEntry:
             # What a fenced attempt at an earlier generation left is not adopted: erased rows may be in it.
-            return publish_object(self.storage, path, payload, adopt=generation == 0)
+            return publish_object(
+                self.storage,
+                path,
+                payload,
+                adopt=generation == 0,
+                before_replacing=lambda: self.log.refuse_outrun(block, generation),
+            )
 
         objects, found = self.put_block(block, features, {"examples": examples, "statistics": statistics}, put)
         return self.log.commit(block, generation, objects, {**facts, **found})
