@@ -57,6 +57,7 @@ def test_nan_losses_of_the_first_rows_are_refused_before_there_is_a_store(tmp_pa
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_an_empty_document_is_dropped_and_counted_and_is_in_no_set(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(tiny_run / "model")
     texts = (tiny_run / "texts.jsonl").read_text(encoding="utf-8")

@@ -18,6 +18,8 @@ from gradstore.store.features import FeatureStore
 from tests.runs import InThisProcess, make_run
 
 # A model of 8 features a group is not the one that the errors were measured on; ten times as much would be another cause.
+pytestmark = pytest.mark.slow
+
 MOST = 10
 LORIF = {"kind": "lorif", "rank": 4, "factors": 2}
 

@@ -17,6 +17,8 @@ from gradstore.store.features import FeatureStore
 from tests import stores
 from tests.servers import BUCKET, DOMAIN, OWNER, READER, S3Server
 
+pytestmark = pytest.mark.slow
+
 _NAMES = count()
 
 

@@ -21,6 +21,8 @@ from gradstore.store.blocks import in_parallel
 from tests.faults.proxy import FaultyProxy
 from tests.servers import OWNER, READER, S3Server
 
+pytestmark = pytest.mark.slow
+
 _NAMES = count()
 MIB = 2**20
 

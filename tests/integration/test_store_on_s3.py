@@ -44,6 +44,7 @@ class TestS3(StorageSuite):
         return lambda: server.url(f"storage-{next(_NAMES)}/deep")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("client")
 class TestCachedS3(StorageSuite):
     @pytest.fixture
@@ -69,7 +70,7 @@ def test_blocks_are_read_from_the_cache_and_anew_when_it_is_damaged(
         assert len(copies) == len(expected)
         for copy in copies:
             copy.write_bytes(copy.read_bytes()[:-1])
-    for path in {info.path for info in made.storage.list_objects("features/train/m0") if "/c/" in info.path}:
+    for path in {info.path for info in made.storage.list_objects("features/train/m0") if "/c." in info.path}:
         made.storage.delete(path)
     with pytest.raises(ObjectMissingError, match="is missing, though it was committed"):
         FeatureStore.open(url).open_set("train").read_block(0)

@@ -223,6 +223,7 @@ def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_th
         assert all((ours[name] == undisturbed[name]).all() for name in undisturbed)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_side_by_side_and_leave_the_store_as_it_is(finished: Path, tmp_path: Path) -> None:
     store = Path(read_spec(finished).run.store)
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
@@ -246,6 +247,7 @@ def test_other_settings_are_refused_side_by_side_and_leave_the_store_as_it_is(fi
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_second_kernel_in_half_precision_lives_beside_the_first(finished: Path, tmp_path: Path) -> None:
     spec = read_spec(finished)
     store = FeatureStore.open(spec.run.store)

@@ -18,7 +18,10 @@ from tests import stores
 from tests.formats.filled import filled
 from tests.memory.peak import high_water
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc"),
+]
 
 # Of 1,024 rows in 4 blocks: in float32 one group takes 4 MiB, all take 256.
 GROUPS = {f"layers.{index}": 1024 for index in range(64)}

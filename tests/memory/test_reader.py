@@ -12,7 +12,10 @@ from gradstore.store.features import BlockReader, FeatureStore
 from tests import stores
 from tests.memory.peak import high_water
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc"),
+]
 
 GROUPS = {f"layers.{index}": 1024 for index in range(32)}
 # Stacks of threads, arenas of the allocator, records.

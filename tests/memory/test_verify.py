@@ -14,7 +14,10 @@ from tests import stores
 from tests.health import check
 from tests.memory.peak import high_water
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc"),
+]
 
 GROUPS = {f"layers.{index}": 1024 for index in range(8)}
 CHUNK_BYTES = 2048 * 1024 * 2

@@ -70,7 +70,7 @@ def test_a_run_writes_the_objects_and_array_bytes_that_were_planned(
         seen |= written
         assert len(written) == planned.objects, planned.name
         if planned.name not in ("learn", "score"):
-            arrays = [path for path in written if path.suffix != ".json" and "c" in path.parent.parts]
+            arrays = [path for path in written if path.name.startswith("c.")]
             chunks = [path.stat().st_size for path in arrays]
             assert sum(chunks) == planned.written_bytes, planned.name
     assert plan.to_json()["objects"] == len(seen)
