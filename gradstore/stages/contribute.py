@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.cluster import Engine, Task
-from gradstore.errors import NotReadyError
+from gradstore.errors import NotReadyError, SupersededError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.sizes import BLOCKS_PER_WORKER, query_tile, split
 from gradstore.spec import RunSpec
@@ -64,11 +64,15 @@ def _settings(spec: RunSpec, store: FeatureStore, name: str, members: Sequence[s
     """What queries and contributions are made from: the kernel with its damping, and the sets as they are now."""
     mean = spec.kernel.members == "mean"
     return {
-        "kernel": {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))},  # type: ignore[call-overload]
+        "kernel": _kernel_settings(spec),
         "kernel_of": spec.kernel.members,
         "train": store.describe("train", None if mean else members),
         "queries_from": store.describe(name, members),
     }
+
+
+def _kernel_settings(spec: RunSpec) -> dict[str, Any]:
+    return {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))}  # type: ignore[call-overload]
 
 
 def _precondition_queries(spec: RunSpec, engine: Engine, store: FeatureStore) -> None:
@@ -117,6 +121,11 @@ def precondition(store_url: str, run: Mapping[str, Any], place: tuple[str, str])
     store = FeatureStore.open(store_url)
     queries = store.open_set(*place)
     artifact = QueryArtifact.open(store.storage, spec.kernel.name, place)
+    # A task of an earlier run must not fill an artifact that was pruned and made anew since.
+    if artifact.settings["kernel"] != _kernel_settings(spec):
+        raise SupersededError(
+            f"{artifact.folder}: is of another kernel than this task's. Run `gradstore contribute` again."
+        )
     built = spec.kernel.of_member(queries.member)
     spectra = KernelArtifact.open(store.storage, spec.kernel.kind, built) if kernel.needs_spectra else None
     preconditioned = {}

@@ -71,21 +71,19 @@ def delete(store_url: str, query: Query, sets: Sequence[str], progress: Progress
     """
     store = FeatureStore.open(store_url)
     chosen = {name: store.open_set(name) for name in (sets or store.set_names())}
+    # What an erasure that died has left to do comes first: its examples have no ids any more.
+    rewritten = {name: [] if dry_run else finish_erasure(each, statistics_of) for name, each in chosen.items()}
     found = {name: _find(feature_set, query) for name, feature_set in chosen.items()}
     strange = sorted(query.ids - {example for rows in found.values() for example in rows.values()})
-    if strange:
+    if strange and not any(rewritten.values()):
         shown = ", ".join(strange[:3]) + (f" and {len(strange) - 3} more" if len(strange) > 3 else "")
         raise DataError(
             f"{store.storage.url}: no example of {', '.join(chosen)} is called {shown}, or it is erased already. Nothing was "
             "erased; correct the ids."
         )
-    rewritten: dict[str, list[int]] = {}
     if not dry_run:
         for name, rows in found.items():
-            # Also what an erasure that died has left to do.
-            rewritten[name] = sorted(
-                {*finish_erasure(chosen[name], statistics_of), *_erase(store, name, rows, progress)}
-            )
+            rewritten[name] = sorted({*rewritten[name], *_erase(store, name, rows, progress)})
         # It shows texts; `gradstore report` writes it anew.
         store.storage.delete("report.html")
     artifacts = list_artifacts(store.storage)
@@ -93,6 +91,7 @@ def delete(store_url: str, query: Query, sets: Sequence[str], progress: Progress
     return {
         "store": store.storage.url,
         "dry_run": dry_run,
+        "not_found": strange,
         "erased": {name: sorted(rows) for name, rows in found.items()},
         "rewritten": rewritten,
         "stale": stale,

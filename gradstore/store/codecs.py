@@ -112,9 +112,23 @@ def encode_table(table: pa.Table) -> Payload:
     return _payload(sink.getvalue().to_pybytes(), _inspect_table)
 
 
-def decode_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """Decode a parquet part, or some of its columns."""
-    return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
+def decode_table(data: bytes, columns: Sequence[str] | None = None, *, verify: bool = False) -> pa.Table:
+    """Decode a parquet part, or some of its columns; ``verify`` where no record vouches for it.
+
+    Raises
+    ------
+    IntegrityError
+        If it is to be verified and a page is not what its checksum says.
+    """
+    names = None if columns is None else list(columns)
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=names, page_checksum_verification=verify)
+    except (pa.ArrowException, OSError) as error:
+        if not verify:
+            raise
+        raise IntegrityError(
+            f"a table is damaged: {error}. Run `gradstore repair`, then the same command again."
+        ) from error
 
 
 def encode_document(value: Mapping[str, Any]) -> Payload:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Final, Literal, TypeVar
 
 from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError, SupersededError
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import ObjectEntry, in_parallel
-from gradstore.store.codecs import decode_document, encode_document
+from gradstore.store.blocks import ObjectEntry, in_parallel, publish_object
+from gradstore.store.codecs import Payload, decode_document, encode_document
 from gradstore.store.layout import parse_record_path, record_path
 
 T = TypeVar("T")
@@ -206,18 +208,33 @@ class CommitLog:
         attempt that began since is fenced off.
         """
         while True:
-            newest = self.newest(unit)
-            generation = 1 if newest is None else newest + (1 if is_commit(newest) else 2)
-            record = Record(
-                unit=unit,
-                generation=generation,
-                state="missing",
-                attempt=uuid.uuid4().hex,
-                objects={},
-                facts={"reason": reason, **(facts or {})},
-            )
-            if self._publish(record):
-                return record
+            with suppress(SupersededError):
+                return self.take_back_from(unit, self.newest(unit), reason, facts)
+
+    def take_back_from(
+        self, unit: int, newest: int | None, reason: str, facts: Mapping[str, Any] | None = None
+    ) -> Record:
+        """Mark a unit missing as `take_back` does, of which the newest generation was ``newest`` when it was looked at.
+
+        Raises
+        ------
+        SupersededError
+            If it is another by now: what was read of the unit is not what is there.
+        """
+        record = Record(
+            unit=unit,
+            generation=1 if newest is None else newest + (1 if is_commit(newest) else 2),
+            state="missing",
+            attempt=uuid.uuid4().hex,
+            objects={},
+            facts={"reason": reason, **(facts or {})},
+        )
+        if self.newest(unit) != newest:
+            raise self._superseded(unit)
+        # Whose it is, where the reply to our own was lost, the stored one tells.
+        if not self._publish(record) and self.record(unit, record.generation).attempt != record.attempt:
+            raise self._superseded(unit)
+        return record
 
     def refuse_overtaken(self, unit: int, generation: int) -> None:
         """Make sure that an attempt may still commit its generation.
@@ -313,3 +330,54 @@ class CommitLog:
                 f"{where}: is the record of unit {record.unit}, generation {record.generation}. {self.remedy()}"
             )
         return record
+
+
+class Attempt:
+    """An attempt at a unit: publishes its objects, then commits the generation that it is bound to.
+
+    It keeps objects of other attempts that equal its own. Before it replaces the first that does not, it takes the unit back
+    and goes on at the next generation: no other attempt can then commit a record that names what is replaced.
+
+    Parameters
+    ----------
+    log, unit, generation
+        What `CommitLog.begin` said.
+    guard
+        Raises where the unit is not to be written any more.
+    """
+
+    def __init__(
+        self, log: CommitLog, unit: int, generation: int, *, guard: Callable[[], object] = lambda: None
+    ) -> None:
+        self._log = log
+        self._unit = unit
+        self._generation = generation
+        self._guard = guard
+        self._fenced = False
+        self._fencing = Lock()
+
+    def publish(self, path: str, payload: Payload) -> ObjectEntry:
+        """Publish an object of the unit, from any thread; return what is there now.
+
+        Raises
+        ------
+        SupersededError
+            If another attempt's is there and has been committed, or the unit was taken back since this one began.
+        """
+        return publish_object(self._log.storage, path, payload, adopt=False, before_replacing=self._fence)
+
+    def commit(self, objects: Mapping[str, ObjectEntry], facts: Mapping[str, Any]) -> Record:
+        """Commit the unit, as `CommitLog.commit` does."""
+        record = self._log.commit(self._unit, self._generation, objects, facts)
+        self._guard()
+        return record
+
+    def _fence(self) -> None:
+        self._guard()
+        with self._fencing:
+            if not self._fenced:
+                newest = self._generation - 1 if self._generation else None
+                reason = "objects of another attempt were replaced"
+                self._generation = self._log.take_back_from(self._unit, newest, reason).generation + 1
+                self._fenced = True
+        self._log.refuse_outrun(self._unit, self._generation)

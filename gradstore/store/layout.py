@@ -17,7 +17,7 @@ A store holds
     scores/<name>/{proponents.parquet,summary.json}
 and in the folder of each artifact, which are the last six,
     artifact.json                                     settings and number of units, of the first creator
-    commits/<unit>.<generation>.json                  commit records
+    commits/<hash of artifact.json>/<unit>.<generation>.json   commit records
 """
 
 from __future__ import annotations

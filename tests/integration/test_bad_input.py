@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gradstore.store.features import FeatureStore
 from tests.pictures import CLASSES, draw, encode, write_parquet
 from tests.runs import gradstore, make_run

@@ -24,9 +24,10 @@ from gradstore.stages.report import report
 from gradstore.stages.run import STAGES
 from gradstore.stages.status import status
 from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact
-from gradstore.store.features import FeatureSet, FeatureStore
+from gradstore.store.features import FeatureSet, FeatureStore, is_finished
 from tests import oracle
 from tests.runs import InThisProcess, make_run
+from tests.storages import Killed
 
 ROWS, MORE = 30, 7
 QUIET = Progress(quiet=True)
@@ -215,6 +216,27 @@ def test_an_id_that_is_not_there_erases_nothing(finished: RunSpec) -> None:
     with pytest.raises(DataError, match=r"is called nobody, or it is erased already\. Nothing was erased"):
         delete(finished.run.store, Query.parse([ids[3], "nobody"], []), [], QUIET, dry_run=False)
     assert opened(finished).info.erased == ()
+
+
+def test_a_deletion_that_died_is_finished_by_the_same_command(
+    finished: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = opened(finished).read_column("example_id")[3]
+    query = Query.parse([name], [])
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureSet, "read_block", die)
+        with pytest.raises(Killed):
+            delete(finished.run.store, query, [], QUIET, dry_run=False)
+    assert opened(finished).info.erased == (3,)
+    assert not is_finished(opened(finished))
+    done = delete(finished.run.store, query, [], QUIET, dry_run=False)
+    assert done["not_found"] == [name]
+    assert done["rewritten"]["train"] == [0]
+    assert is_finished(opened(finished))
 
 
 def test_the_command_line_deletes_only_with_yes_and_prunes_what_is_named(

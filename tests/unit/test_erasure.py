@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gradstore.errors import DataError, IntegrityError, SupersededError
+from gradstore.errors import DataError, IntegrityError, StorageError, SupersededError
 from gradstore.store.backend import Storage, open_storage
 from gradstore.store.dtypes import DTYPES, DtypeName
 from gradstore.store.features import FeatureSet, FeatureStore, SetInfo, erase_rows, finish_erasure, is_finished
@@ -214,3 +214,18 @@ def test_data_with_or_without_the_erased_examples_is_the_sets(storage: Storage) 
     storage.delete(path)
     again = FeatureStore.open(storage).create_set(made.info, tables)
     assert again.read_inputs(1).equals(whole)
+
+
+@pytest.mark.parametrize("changes", range(4))
+def test_an_erasure_that_slept_brings_no_row_back_that_a_later_one_took_out(storage: Storage, changes: int) -> None:
+    written(storage)
+    erase_first = KillingStorage(storage, changes=changes, event=lambda: erase(storage, [6]))
+    # Told that it was overtaken, or that the inputs that it was about to read are gone.
+    with suppress(StorageError):
+        erase(erase_first, [5])
+    erase(storage, [5, 6])
+    now = opened(storage)
+    assert is_finished(now)
+    assert np.flatnonzero(~now.valid_rows()).tolist() == [5, 6]
+    everything = b"".join(uncompressed(stores.all_objects(storage)))
+    assert not [needle for row in (5, 6) for needle in bytes_of_row(now.info, row) if needle in everything]

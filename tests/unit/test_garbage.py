@@ -226,7 +226,7 @@ def test_an_orphan_of_an_artifact_goes_and_its_block_is_made_anew() -> None:
     storage = fixture_in_memory()
     collected(storage)
     before = contents(storage)
-    storage.delete("kernels/block/m0/commits/000000.0.json")
+    storage.delete(f"{KernelArtifact.open(storage, 'block', 'm0').log.folder}/000000.0.json")
     assert len(check(storage).loose) == 4
     found = collected(storage)
     assert [each.unit.ledger.name for each in found.orphans] == ["kernels/block/m0"]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from itertools import count
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from gradstore.errors import IntegrityError, SupersededError
+from gradstore.errors import IntegrityError, NotReadyError, SupersededError
+from gradstore.store.artifacts import QueryArtifact, remove_artifact
 from gradstore.store.backend import Storage, open_storage
 from gradstore.store.blocks import publish_object
 from gradstore.store.codecs import encode_document
 from gradstore.store.commits import CommitLog
 from gradstore.store.features import FeatureSet, FeatureStore
 from tests import stores
+from tests.storages import Killed, KillingStorage
 
 _NAMES = count()
 
@@ -122,3 +125,65 @@ def test_bytes_that_were_damaged_on_their_way_are_read_again(storage: Storage, m
     found = reopened(made).read_block(0, ["layers.0.mlp"])
     np.testing.assert_array_equal(found["layers.0.mlp"], stores.features(made.info, 0)["layers.0.mlp"])
     assert forgotten == ["features/train/m0/layers.0.mlp/c.0.0"]
+
+
+def differing(made: FeatureSet, block: int) -> tuple[dict[str, np.ndarray], dict[str, pa.Table]]:
+    """Features of a block as another machine might compute them: other in the last digit."""
+    features = {name: np.nextafter(values, np.inf) for name, values in stores.features(made.info, block).items()}
+    tables = {"examples": stores.examples(made.info, block), "statistics": stores.statistics(made.info, block)}
+    return features, tables
+
+
+@pytest.mark.parametrize("changes", range(5))
+def test_of_two_attempts_that_differ_in_the_last_digit_one_is_committed_whole(storage: Storage, changes: int) -> None:
+    made = stores.create(storage, stores.set_info())
+    features, tables = differing(made, 1)
+
+    def another() -> None:
+        reopened(made).write_block(1, features, **tables, facts={})
+
+    slow = FeatureStore.open(KillingStorage(storage, changes=changes, event=another)).open_set("train")
+    try:
+        stores.write(slow, 1)
+    except SupersededError:
+        stores.write(reopened(made), 1)
+    found = reopened(made).read_block(1)
+    ours, theirs = stores.features(made.info, 1), features
+    assert any(all((found[name] == each[name]).all() for name in found) for each in (ours, theirs))
+
+
+def test_an_attempt_that_dies_while_it_replaces_anothers_objects_leaves_nothing_committed(storage: Storage) -> None:
+    made = stores.create(storage, stores.set_info())
+    features, tables = differing(made, 1)
+    dying = FeatureStore.open(KillingStorage(storage, changes=2)).open_set("train")
+    with pytest.raises(Killed):
+        stores.write(dying, 1)
+    # The first chunk is there, and is replaced by one that dies; the one that began before may not commit then.
+    living = reopened(made)
+    assert living.begin(1)
+    replacing = FeatureStore.open(KillingStorage(storage, changes=2)).open_set("train")
+    with pytest.raises(Killed):
+        replacing.write_block(1, features, **tables, facts={})
+    with pytest.raises(SupersededError):
+        stores.write(living, 1)
+    stores.write(reopened(made), 1)
+    for name, values in reopened(made).read_block(1).items():
+        np.testing.assert_array_equal(values, stores.features(made.info, 1)[name])
+
+
+def test_an_attempt_of_an_artifact_that_was_pruned_and_made_anew_counts_for_nothing(storage: Storage) -> None:
+    def made(damping: float) -> QueryArtifact:
+        settings = {"kernel": {"damping": damping}}
+        return QueryArtifact.create(storage, "block", ("eval", "m0"), settings=settings, queries=2, widths={"a": 2})
+
+    old = made(0.1)
+    remove_artifact(storage, "queries/block/eval/m0")
+    new = made(0.2)
+    with pytest.raises(SupersededError, match=r"queries/block/eval/m0: was pruned while it was being written"):
+        old.write({"a": np.zeros((2, 2), np.float32)}, facts={})
+    assert not new.is_complete()
+    new.write({"a": np.ones((2, 2), np.float32)}, facts={})
+    np.testing.assert_array_equal(new.read("a"), 1)
+    # Nor does a reader that opened the old one get numbers of the new.
+    with pytest.raises(NotReadyError):
+        old.read("a")

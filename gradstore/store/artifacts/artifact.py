@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.errors import ContractError, NotReadyError
+from gradstore.errors import ContractError, NotReadyError, SupersededError
+from gradstore.spec import content_hash
 from gradstore.store.artifacts.staleness import changed_blocks, snapshots_in
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import (
     Buffers,
-    ObjectEntry,
     claim_document,
     in_parallel,
     publish_metadata,
@@ -25,7 +25,7 @@ from gradstore.store.blocks import (
     read_object,
 )
 from gradstore.store.codecs import Payload, plain
-from gradstore.store.commits import CommitLog, Record
+from gradstore.store.commits import Attempt, CommitLog, Record
 from gradstore.store.contract import require_equal, require_version
 from gradstore.store.layout import ARTIFACT_FILE, FORMAT_VERSION, ArrayLayout, check_name, chunk_path
 
@@ -116,7 +116,7 @@ class Artifact(ABC):
         self.storage = storage
         self.folder = folder
         self.info = info
-        self.log = _log(storage, self.kind, folder)
+        self.log = _log(storage, folder, info)
         self._buffers = Buffers()
 
     @property
@@ -189,24 +189,30 @@ class Artifact(ABC):
     def _write_unit(self, unit: int, payloads: Mapping[str, Payload], facts: Mapping[str, Any]) -> Record:
         """Publish the objects of a unit and commit it, unless it is committed; return the record that counts.
 
-        What another attempt left is not adopted: it may be of an artifact that was pruned since.
+        Raises
+        ------
+        SupersededError
+            If the artifact was pruned since it was opened, or another attempt was faster or took the unit back.
         """
         generation = self.log.begin(unit)
         if generation is None:
             return self._record(unit)
+        self._refuse_pruned()
+        attempt = Attempt(self.log, unit, generation, guard=self._refuse_pruned)
+        entries = in_parallel(
+            lambda item: attempt.publish(f"{self.folder}/{item[0]}", item[1]),
+            payloads.items(),
+            threads=self.storage.concurrency,
+        )
+        return attempt.commit(dict(zip(payloads, entries, strict=True)), facts)
 
-        def put(item: tuple[str, Payload]) -> ObjectEntry:
-            path, payload = item
-            return publish_object(
-                self.storage,
-                f"{self.folder}/{path}",
-                payload,
-                adopt=False,
-                before_replacing=lambda: self.log.refuse_outrun(unit, generation),
+    def _refuse_pruned(self) -> None:
+        """Make sure that the artifact is still the one that was opened, not made anew with other settings."""
+        if _read_info(self.storage, self.kind, self.folder) != self.info:
+            raise SupersededError(
+                f"{self.storage.url}/{self.folder}: was pruned while it was being written. Run the same command again: it goes "
+                "on from what is there now."
             )
-
-        entries = in_parallel(put, payloads.items(), threads=self.storage.concurrency)
-        return self.log.commit(unit, generation, dict(zip(payloads, entries, strict=True)), facts)
 
     def _committed(self, unit: int) -> Record | None:
         last = self.log.latest(unit)
@@ -248,7 +254,7 @@ def list_artifacts(storage: Storage) -> list[ArtifactStatus]:
         for name in _names_below(storage, top, depth):
             info = _read_info(storage, kind, f"{top}/{name}")
             if info is not None:
-                committed = _log(storage, kind, f"{top}/{name}").committed_units()
+                committed = _log(storage, f"{top}/{name}", info).committed_units()
                 found.append(
                     ArtifactStatus(
                         kind=kind, name=name, committed=len(committed), total=info.num_units, settings=info.settings
@@ -304,8 +310,9 @@ def _folder(kind: str, names: tuple[str, ...]) -> str:
     return "/".join((top, *(check_name(f"name of {kind}", name) for name in names)))
 
 
-def _log(storage: Storage, kind: str, folder: str) -> CommitLog:
-    return CommitLog(storage, f"{folder}/commits", VERBS[kind])
+def _log(storage: Storage, folder: str, info: ArtifactInfo) -> CommitLog:
+    """The commit records of an artifact: of one that was pruned and made anew with other settings in another folder."""
+    return CommitLog(storage, f"{folder}/commits/{content_hash(plain(asdict(info)))[:16]}", VERBS[info.kind])
 
 
 def _make_anew(storage: Storage, kind: str, folder: str) -> str:

@@ -133,8 +133,8 @@ class FeatureChunks:
 
         in_parallel(read_group, into, threads=self._storage.concurrency)
 
-    def read_as_they_are(self, block: int, into: Features) -> None:
-        """Read groups of a block that no record speaks for, each chunk sound in itself.
+    def read_as_they_are(self, block: int, into: Features) -> dict[str, str]:
+        """Read groups of a block that no record speaks for, each chunk sound in itself; return its crc32c, by path.
 
         Raises
         ------
@@ -144,10 +144,16 @@ class FeatureChunks:
         scales = None
         if self._scales_layout is not None:
             path = chunk_path(self._info.scales_path(self._member), block, 0)
-            scales = self._read_alone(path, self._scales_layout)
+            scales, _ = self._read_alone(path, self._scales_layout)
+        crcs = {}
         for name, out in into.items():
-            layout = self._layout(name)
-            self._decode(name, self._read_alone(self._path(name, block), layout), scales, out)
+            path = self._path(name, block)
+            stored, crcs[path] = self._read_alone(path, self._layout(name))
+            self._decode(name, stored, scales, out)
+            if scales is not None:
+                # Where the scales are still those of before.
+                out[(stored[: len(out)] == self._layout(name).fill_value).all(axis=1)] = np.nan
+        return crcs
 
     def _write_group(self, block: int, array: FeatureArray, values: npt.NDArray[np.float32], put: Put) -> _Group:
         layout, scale = self._layout(array.name), self._dtype.scale_of(values, array.scale)
@@ -174,12 +180,14 @@ class FeatureChunks:
             record, place, lambda: read_chunk(self._storage, place, entry, layout, buffer, remedy=remedy)
         )
 
-    def _read_alone(self, path: str, layout: ArrayLayout) -> npt.NDArray[Any]:
+    def _read_alone(self, path: str, layout: ArrayLayout) -> tuple[npt.NDArray[Any], str]:
         place = self._place(path)
+        # A kept copy may be of an earlier generation, and sound in itself.
+        self._storage.forget(place)
         decoded = decode_chunk(np.frombuffer(self._storage.read(place), np.uint8), layout)
         if decoded is None:
             raise IntegrityError(f"{self._storage.url}/{place}: is damaged. {self._log.remedy()}")
-        return decoded[0]
+        return decoded
 
     def _decode(
         self,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gradstore.errors import ContractError, DataError
-from gradstore.store.backend import Storage
 from gradstore.store.blocks import ObjectEntry, publish_object
-from gradstore.store.codecs import Payload, decode_table, encode_table
+from gradstore.store.codecs import Payload, encode_table
 from gradstore.store.commits import Record, is_commit
 from gradstore.store.examples import data_hash_of_facts
 from gradstore.store.features.feature_set import FeatureSet
@@ -148,9 +146,8 @@ def _erase_block(feature_set: FeatureSet, block: int, statistics: StatisticsOf) 
         examples = feature_set.read_examples(block=block)
     elif latest is not None and latest.facts["reason"] == REASON and latest.facts["of"] is not None:
         # Another erasure died here: every object is still what it was, or already what is left of it.
-        features, of = feature_set.read_taken_back(block), log.record(block, latest.facts["of"])
-        path = part_path(f"examples/{feature_set.member}", block)
-        examples = decode_table(feature_set.storage.read(f"{feature_set.info.folder}/{path}"))
+        of = log.record(block, latest.facts["of"])
+        features, examples = feature_set.read_half_erased(of, latest.facts["erased"])
     else:
         # Nothing is committed; an attempt that began before must not be, and what it wrote goes. Only then are the rows
         # named as erased; and an attempt that began in between, which may have found objects before they went, is fenced.
@@ -158,20 +155,24 @@ def _erase_block(feature_set: FeatureSet, block: int, statistics: StatisticsOf) 
         _delete_objects(feature_set, block)
         log.take_back(block, REASON, {"erased": erased, "of": None})
         return True
-    taken = log.take_back(block, REASON, {"erased": erased, "of": of.generation})
+    # Not if the block has changed since it was read: rows would come back that a later erasure took out.
+    taken = log.take_back_from(block, newest, REASON, {"erased": erased, "of": of.generation})
+    feature_set.refuse_an_older_version()
+    generation = taken.generation + 1
+
+    def replace_object(path: str, payload: Payload) -> ObjectEntry:
+        log.refuse_outrun(block, generation)
+        feature_set.storage.replace(path, payload.parts)
+        return ObjectEntry(bytes=payload.bytes, crc32c=payload.crc32c)
+
     for values in features.values():
         values[erased] = np.nan
     tables = {"examples": blanked(examples, erased), "statistics": statistics(feature_set.info, features)}
-    objects, found = feature_set.put_block(block, features, tables, partial(_replace, feature_set.storage))
+    objects, found = feature_set.put_block(block, features, tables, replace_object)
     # Counted when the values were rounded, which they are no more.
     lost = {key: of.facts[key] for key in ("saturated", "flushed", "saturated_groups")}
-    log.commit(block, taken.generation + 1, objects, {**of.facts, **found, **lost, "covariances": "stale"})
+    log.commit(block, generation, objects, {**of.facts, **found, **lost, "covariances": "stale"})
     return True
-
-
-def _replace(storage: Storage, path: str, payload: Payload) -> ObjectEntry:
-    storage.replace(path, payload.parts)
-    return ObjectEntry(bytes=payload.bytes, crc32c=payload.crc32c)
 
 
 def is_unfinished(record: Record, erased: Sequence[int]) -> bool:

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from gradstore.errors import DataError, IntegrityError, NotReadyError, ObjectMissingError, SupersededError
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import Buffers, ObjectEntry, in_parallel, publish_object, read_object
-from gradstore.store.codecs import Payload, decode_table, encode_table
-from gradstore.store.commits import CommitLog, Record
+from gradstore.store.blocks import Buffers, ObjectEntry, in_parallel, read_object
+from gradstore.store.codecs import checksum, decode_table, encode_table
+from gradstore.store.commits import Attempt, CommitLog, Record
 from gradstore.store.features.chunks import FeatureChunks, Put
 from gradstore.store.features.info import SetVersion, Snapshot
 from gradstore.store.layout import part_path, set_path
@@ -107,7 +107,7 @@ class FeatureSet:
         if generation is None:
             return False
         if generation > 0:
-            self._refuse_an_older_version()
+            self.refuse_an_older_version()
         self._begun[block] = generation
         return True
 
@@ -155,19 +155,10 @@ class FeatureSet:
         self.log.refuse_overtaken(block, generation)
         self._check(block, features, examples)
         self._check_types(block, examples, statistics)
-
-        def put(path: str, payload: Payload) -> ObjectEntry:
-            # What a fenced attempt at an earlier generation left is not adopted: erased rows may be in it.
-            return publish_object(
-                self.storage,
-                path,
-                payload,
-                adopt=generation == 0,
-                before_replacing=lambda: self.log.refuse_outrun(block, generation),
-            )
-
-        objects, found = self.put_block(block, features, {"examples": examples, "statistics": statistics}, put)
-        return self.log.commit(block, generation, objects, {**facts, **found})
+        attempt = Attempt(self.log, block, generation)
+        tables = {"examples": examples, "statistics": statistics}
+        objects, found = self.put_block(block, features, tables, attempt.publish)
+        return attempt.commit(objects, {**facts, **found})
 
     def put_block(
         self,
@@ -229,18 +220,38 @@ class FeatureSet:
         self._chunks.read(record, into)
         return into
 
-    def read_taken_back(self, block: int) -> dict[str, npt.NDArray[np.float32]]:
-        """Features of a block that is taken back, as its chunks are now, each sound in itself; by group, all of them.
+    def read_half_erased(
+        self, of: Record, erased: Sequence[int]
+    ) -> tuple[dict[str, npt.NDArray[np.float32]], pa.Table]:
+        """Features, by group, and example table of a block of which an erasure of some rows was not finished.
+
+        Every object is still what the record ``of`` says, or already without these rows.
 
         Raises
         ------
         ObjectMissingError, IntegrityError
-            If a chunk is missing or damaged.
+            If one is missing, or neither.
         """
-        start, stop = self.info.block_range(block)
+        start, stop = self.info.block_range(of.unit)
         found = {array.name: np.empty((stop - start, array.features), np.float32) for array in self.info.arrays}
-        self._chunks.read_as_they_are(block, found)
-        return found
+        crcs = self._chunks.read_as_they_are(of.unit, found)
+        rows = list(erased)
+        for path, name in zip(crcs, found, strict=True):
+            if crcs[path] != of.objects[path].crc32c and not np.isnan(found[name][rows]).all():
+                raise self._neither(path)
+        path = part_path(f"examples/{self.member}", of.unit)
+        place = f"{self.info.folder}/{path}"
+        self.storage.forget(place)
+        data = self.storage.read(place)
+        table = decode_table(data, verify=True)
+        if checksum(data) != of.objects[path].crc32c and any(table["valid"].take(rows).to_pylist()):
+            raise self._neither(path)
+        return found, table
+
+    def _neither(self, path: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._where}/{path}: is neither what was committed nor what an erasure makes of it. {self.log.remedy()}"
+        )
 
     def invalid_blocks(self) -> list[int]:
         """Committed blocks in which some row is not valid: its features are NaN."""
@@ -281,9 +292,22 @@ class FeatureSet:
 
     def _read_input(self, path: str) -> bytes:
         place, remedy = f"{self.info.folder}/{path}", "Run `gradstore featurize` again: it restores it."
-        return read_object(self.storage, place, self.version.inputs[path], remedy=remedy)
+        entry = self.version.inputs[path]
+        try:
+            return read_object(self.storage, place, entry, remedy=remedy)
+        except (ObjectMissingError, IntegrityError):
+            # Perhaps a kept copy of another version.
+            self.storage.forget(place)
+            return read_object(self.storage, place, entry, remedy=remedy)
 
-    def _refuse_an_older_version(self) -> None:
+    def refuse_an_older_version(self) -> None:
+        """Make sure that the set is what it was when it was opened.
+
+        Raises
+        ------
+        SupersededError
+            If examples were appended or erased since.
+        """
         path = set_path(self.info.folder, self.version.number + 1)
         try:
             self.storage.read(path)

@@ -19,7 +19,7 @@ from gradstore.store.blocks import (
     publish_object,
     read_document,
 )
-from gradstore.store.codecs import encode_document, encode_table, plain
+from gradstore.store.codecs import Payload, encode_document, encode_table, plain
 from gradstore.store.contract import require_equal, require_version
 from gradstore.store.features.feature_set import FeatureSet
 from gradstore.store.features.info import RESTORE, SetInfo, SetVersion
@@ -216,6 +216,8 @@ class FeatureStore:
         remedy = "Delete it, then run `gradstore featurize` again: it makes it anew and keeps the blocks."
         while (later := read_document(self.storage, set_path(folder, number), remedy=remedy)) is not None:
             found, number = later, number + 1
+            # Without it the set would be what it was before an append or an erasure.
+            remedy = "Restore it from a copy; do not delete it: an erasure may be in it."
         if found is None:
             return None
         inputs = {path: ObjectEntry(**entry) for path, entry in found["inputs"].items()}
@@ -230,9 +232,7 @@ class FeatureStore:
 
     def publish_version(self, number: int, info: SetInfo, inputs: Mapping[str, ObjectEntry]) -> None:
         """Publish the document of a version of a set, last: until then it is the version before."""
-        entries = {path: asdict(entry) for path, entry in inputs.items()}
-        document = {"info": info.to_json(), "inputs": entries}
-        self.storage.publish(set_path(info.folder, number), encode_document(document).parts)
+        self.storage.publish(set_path(info.folder, number), _document_of(info, inputs).parts)
 
     def _restore_set(self, existing: FeatureSet, asked: SetInfo, inputs: Iterable[pa.Table]) -> FeatureSet:
         """Publish what is missing of a set's metadata, and its inputs where one is missing or damaged."""
@@ -248,13 +248,13 @@ class FeatureStore:
         whole = inputs_of_blocks(info, inputs, without_erased=info.lacks_the_erased(asked))
         tables = {block: table for block, table in enumerate(whole) if block in damaged}
         entries = dict(existing.version.inputs)
-        self.storage.delete(set_path(info.folder, number))
         for block, table in tables.items():
             self.storage.delete(f"{info.folder}/{paths[block]}")
             place = f"{info.folder}/{paths[block]}"
             entries[paths[block]] = publish_object(self.storage, place, encode_table(table), adopt=False)
         publish_metadata(self.storage, self._arrays(info))
-        self.publish_version(number, info, entries)
+        # At once: without its newest document the set would be what it was before an erasure.
+        self.storage.replace(set_path(info.folder, number), _document_of(info, entries).parts)
         return self.open_set(info.name)
 
     def _arrays(self, info: SetInfo) -> dict[str, ArrayLayout]:
@@ -275,3 +275,8 @@ class FeatureStore:
             entries[path] = publish_object(self.storage, place, encode_table(table), adopt=number == 0)
         publish_metadata(self.storage, self._arrays(info))
         return entries
+
+
+def _document_of(info: SetInfo, inputs: Mapping[str, ObjectEntry]) -> Payload:
+    entries = {path: asdict(entry) for path, entry in inputs.items()}
+    return encode_document({"info": info.to_json(), "inputs": entries})

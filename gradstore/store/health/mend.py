@@ -56,7 +56,7 @@ def mend(health: Health, *, dry_run: bool) -> Mended:
     objects = Objects(survey.storage, survey.listing)
     taken_back = []
     for unit in health.units:
-        if unit.is_broken:
+        if unit.is_broken and not _has_changed(unit):
             doomed = _doomed(health, unit, objects)
             if not dry_run:
                 facts = {"problems": [problem.to_json() for problem in unit.problems[:_MOST_NAMED]]}
@@ -66,13 +66,19 @@ def mend(health: Health, *, dry_run: bool) -> Mended:
     if not dry_run:
         # Also where it was missing: who published it meanwhile published the same.
         in_parallel(
-            lambda path: survey.storage.replace(path, (survey.metadata[path][0],)),
+            lambda path: survey.storage.replace(path, (survey.metadata[path][-1],)),
             metadata,
             threads=survey.storage.concurrency,
         )
     broken = {id(problem) for item in taken_back for problem in item.unit.problems}
     left = [problem for problem in health.problems if id(problem) not in broken and problem.path not in metadata]
     return Mended(taken_back=tuple(taken_back), metadata=tuple(metadata), left=tuple(left))
+
+
+def _has_changed(unit: Unit) -> bool:
+    """Whether others have taken the unit back, or committed it, since it was looked at."""
+    newest = unit.ledger.log.newest(unit.number)
+    return newest is not None and newest > (unit.generation or 0)
 
 
 def remove_objects(storage: Storage, unit: Unit, reason: str, facts: Mapping[str, Any], paths: Sequence[str]) -> None:
