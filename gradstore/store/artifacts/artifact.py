@@ -78,6 +78,11 @@ class ArtifactInfo:
     settings: Mapping[str, Any]
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def commits(self) -> str:
+        """Folder, in the artifact, of its commit records: one that is made anew with other settings has another."""
+        return f"commits/{content_hash(plain(asdict(self)))[:16]}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactStatus:
@@ -158,7 +163,7 @@ class Artifact(ABC):
         claim_document(
             storage,
             f"{folder}/{ARTIFACT_FILE}",
-            {"format_version": FORMAT_VERSION, **asdict(info)},
+            {"format_version": FORMAT_VERSION, **asdict(info), "commits": info.commits},
             remedy=_make_anew(storage, cls.kind, folder),
         )
         existing = cls._open(storage, names)
@@ -311,8 +316,7 @@ def _folder(kind: str, names: tuple[str, ...]) -> str:
 
 
 def _log(storage: Storage, folder: str, info: ArtifactInfo) -> CommitLog:
-    """The commit records of an artifact: of one that was pruned and made anew with other settings in another folder."""
-    return CommitLog(storage, f"{folder}/commits/{content_hash(plain(asdict(info)))[:16]}", VERBS[info.kind])
+    return CommitLog(storage, f"{folder}/{info.commits}", VERBS[info.kind])
 
 
 def _make_anew(storage: Storage, kind: str, folder: str) -> str:

@@ -74,7 +74,8 @@ class Storage(Protocol):
     def replace(self, path: str, parts: Sequence[Part]) -> None:
         """Store ``parts``, one after another, as an object, whether or not there is one of that name.
 
-        Only the Zarr metadata of an array that an append enlarges is ever replaced. It happens at once: a reader gets the
+        Replaced are the Zarr metadata of an array that an append enlarges, objects of a block that an erasure has taken
+        back, and documents and inputs that were damaged. It happens at once: a reader gets the
         object as it was or as it is now, never a mixture, and after a crash one of the two is there.
         """
 
