@@ -86,15 +86,13 @@ def delete(store_url: str, query: Query, sets: Sequence[str], progress: Progress
             rewritten[name] = sorted({*rewritten[name], *_erase(store, name, rows, progress)})
         # It shows texts; `gradstore report` writes it anew.
         store.storage.delete("report.html")
-    artifacts = list_artifacts(store.storage)
-    stale = {artifact.path: blocks for artifact in artifacts if (blocks := stale_blocks(store, artifact.settings))}
     return {
         "store": store.storage.url,
         "dry_run": dry_run,
         "not_found": strange,
         "erased": {name: sorted(rows) for name, rows in found.items()},
         "rewritten": rewritten,
-        "stale": stale,
+        "stale": stale_blocks(store, list_artifacts(store.storage)),
     }
 
 

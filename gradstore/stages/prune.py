@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradstore.errors import SpecError
-from gradstore.store.artifacts import ArtifactStatus, list_artifacts, remove_artifact, stale_blocks
+from gradstore.store.artifacts import list_artifacts, remove_artifact, stale_blocks
 from gradstore.store.features import FeatureStore
 
 
@@ -33,23 +33,23 @@ def prune(store_url: str, paths: Sequence[str], *, stale: bool, dry_run: bool) -
         raise SpecError("prune: found no path and no --stale. Name artifacts of the store, or add --stale.")
     store = FeatureStore.open(store_url)
     artifacts = list_artifacts(store.storage)
-    chosen: dict[str, ArtifactStatus] = {}
+    changed = stale_blocks(store, artifacts)
+    chosen = set(changed) if stale else set()
     for path in paths:
         named = [artifact for artifact in artifacts if f"{artifact.path}/".startswith(f"{path.rstrip('/')}/")]
         if not named:
             known = ", ".join(artifact.path for artifact in artifacts) or "none"
             raise SpecError(f"{path}: is no artifact of {store.storage.url}; found: {known}.")
-        chosen |= {artifact.path: artifact for artifact in named}
-    if stale:
-        chosen |= {artifact.path: artifact for artifact in artifacts if stale_blocks(store, artifact.settings)}
+        chosen |= {artifact.path for artifact in named}
     return {
         "store": store.storage.url,
         "dry_run": dry_run,
-        "removed": [_remove(store, artifact, dry_run=dry_run) for _, artifact in sorted(chosen.items())],
+        "removed": [
+            {
+                "path": path,
+                "stale": changed.get(path, {}),
+                "objects": 0 if dry_run else remove_artifact(store.storage, path),
+            }
+            for path in sorted(chosen)
+        ],
     }
-
-
-def _remove(store: FeatureStore, artifact: ArtifactStatus, *, dry_run: bool) -> dict[str, Any]:
-    stale = stale_blocks(store, artifact.settings)
-    objects = 0 if dry_run else remove_artifact(store.storage, artifact.path)
-    return {"path": artifact.path, "stale": stale, "objects": objects}

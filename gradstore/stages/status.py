@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from gradstore.store.artifacts import ArtifactStatus
 
+# By path of a stale artifact and by set/member, the blocks that have changed.
+Stale = Mapping[str, Mapping[str, list[int]]]
+
 
 def status(store_url: str) -> dict[str, Any]:
     """Plain values: feature sets, kernels, contributions, weights, scores and baselines of a store.
@@ -24,17 +27,18 @@ def status(store_url: str) -> dict[str, Any]:
     """
     store = FeatureStore.open(store_url)
     artifacts = list_artifacts(store.storage)
-    rankings = [_ranking(store, artifact) for artifact in artifacts if artifact.kind == "scores"]
+    stale = stale_blocks(store, artifacts)
+    rankings = [_ranking(store, artifact, stale) for artifact in artifacts if artifact.kind == "scores"]
     return {
         "store": store.storage.url,
         "name": store.run["run"]["name"],
         "feature_sets": [_feature_set(store, name) for name in store.set_names()],
-        "kernels": [_progress(store, artifact) for artifact in artifacts if artifact.kind == "kernel"],
-        "queries": [_progress(store, artifact) for artifact in artifacts if artifact.kind == "queries"],
+        "kernels": [_progress(artifact, stale) for artifact in artifacts if artifact.kind == "kernel"],
+        "queries": [_progress(artifact, stale) for artifact in artifacts if artifact.kind == "queries"],
         "contributions": [
-            _contributions(store, artifact) for artifact in artifacts if artifact.kind == "contributions"
+            _contributions(artifact, stale) for artifact in artifacts if artifact.kind == "contributions"
         ],
-        "weights": [_weights(store, artifact) for artifact in artifacts if artifact.kind == "weights"],
+        "weights": [_weights(artifact, stale) for artifact in artifacts if artifact.kind == "weights"],
         "scores": [ranking for ranking in rankings if ranking["kernel"] is not None],
         "baselines": [
             {key: value for key, value in ranking.items() if key not in ("kernel", "weights")}
@@ -61,20 +65,20 @@ def _feature_set(store: FeatureStore, name: str) -> dict[str, Any]:
     }
 
 
-def _progress(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
+def _progress(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
     return {
         "name": artifact.name,
         "committed": artifact.committed,
         "total": artifact.total,
-        "stale": stale_blocks(store, artifact.settings),
+        "stale": stale.get(artifact.path, {}),
     }
 
 
-def _contributions(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
+def _contributions(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
     kernel, _, queries = artifact.name.partition("/")
     shape = artifact.settings["shape"]
     return {
-        **_progress(store, artifact),
+        **_progress(artifact, stale),
         "kernel": kernel,
         "kernel_settings": artifact.settings["kernel"],
         "set": queries,
@@ -82,15 +86,15 @@ def _contributions(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, A
     }
 
 
-def _weights(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
+def _weights(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
     return {
-        **_progress(store, artifact),
+        **_progress(artifact, stale),
         "kernel": artifact.settings["kernel"],
         "learner": artifact.settings["learner"],
     }
 
 
-def _ranking(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
+def _ranking(store: FeatureStore, artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
     """Summary of one ranking; its figures are None until it is committed."""
     if artifact.committed < artifact.total:
         kernel, _, method = artifact.name.partition(".")
@@ -109,7 +113,7 @@ def _ranking(store: FeatureStore, artifact: ArtifactStatus) -> dict[str, Any]:
         "tail_patch": None if patch is None else {key: patch[key] for key in kept},
         "committed": artifact.committed,
         "total": artifact.total,
-        "stale": stale_blocks(store, artifact.settings),
+        "stale": stale.get(artifact.path, {}),
     }
 
 

@@ -183,13 +183,13 @@ class Artifact(ABC):
             )
         return found
 
-    def _publish_arrays(self, arrays: Mapping[str, ArrayLayout], chunks: Mapping[str, Payload] | None = None) -> None:
-        """Publish metadata of arrays and chunks that are known already, by path, where there is none yet or no more."""
+    def _publish_arrays(self, chunks: Mapping[str, Payload] | None = None) -> None:
+        """Publish metadata of all arrays, and chunks that are known already, by path, where there is none yet or no more."""
         if not self.is_complete():
             self.storage.sweep(self.folder)
         for path, payload in (chunks or {}).items():
             publish_object(self.storage, f"{self.folder}/{path}", payload, adopt=False)
-        publish_metadata(self.storage, {f"{self.folder}/{path}": layout for path, layout in arrays.items()})
+        publish_metadata(self.storage, {f"{self.folder}/{path}": layout for path, layout in self.arrays().items()})
 
     def _write_unit(self, unit: int, payloads: Mapping[str, Payload], facts: Mapping[str, Any]) -> Record:
         """Publish the objects of a unit and commit it, unless it is committed; return the record that counts.

@@ -118,7 +118,7 @@ class ContributionArtifact(Artifact):
         )
         made = cls._create(storage, (kernel, feature_set), info)
         # Of what is there, which the first of several creators divided and scaled.
-        made._publish_arrays(made.arrays(), made.scale_chunks())
+        made._publish_arrays(made.scale_chunks())
         return made
 
     @classmethod

@@ -62,7 +62,7 @@ class KernelArtifact(Artifact):
             recorded={"bundles": [list(bundle) for bundle in bundles]},
         )
         made = cls._create(storage, (name, member), info)
-        made._publish_arrays(made.arrays())
+        made._publish_arrays()
         return made
 
     @classmethod

@@ -60,7 +60,7 @@ class MatricesArtifact(Artifact):
             recorded={"bundles": [list(bundle) for bundle in bundles]},
         )
         made = cls._create(storage, (name,), info)
-        made._publish_arrays(made.arrays())
+        made._publish_arrays()
         return made
 
     @classmethod

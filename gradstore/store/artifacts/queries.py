@@ -58,7 +58,7 @@ class QueryArtifact(Artifact):
             settings={**settings, "queries": queries, "widths": dict(widths)},
         )
         made = cls._create(storage, (kernel, *place), info)
-        made._publish_arrays(made.arrays())
+        made._publish_arrays()
         return made
 
     @classmethod

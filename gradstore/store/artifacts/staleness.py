@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import NotReadyError
 from gradstore.store.features import FeatureStore
+
+if TYPE_CHECKING:
+    from gradstore.store.artifacts.artifact import ArtifactStatus
 
 Generations = dict[int, int]
 
@@ -29,16 +33,17 @@ def changed_blocks(made_from: Generations, now: Generations) -> list[int]:
     return sorted(block for block in {*made_from, *now} if made_from.get(block) != now.get(block))
 
 
-def stale_blocks(store: FeatureStore, settings: Mapping[str, Any]) -> dict[str, list[int]]:
-    """By set/member, the blocks that an artifact of these settings was not made from, or not as they are now.
+def stale_blocks(store: FeatureStore, artifacts: Iterable[ArtifactStatus]) -> dict[str, dict[str, list[int]]]:
+    """By path of every stale artifact and by set/member, the blocks that it was not made from, or not as they are now.
 
-    Blocks were appended, erased or repaired since; empty for an artifact that is up to date.
+    Blocks were appended, erased or repaired since. Every set is looked at once.
     """
-    found: dict[str, list[int]] = {}
-    for place, made_from in snapshots_in(settings):
-        changed = changed_blocks(made_from, _generations_now(store, place))
-        if changed:
-            found[place] = changed
+    generations_now = cache(partial(_generations_now, store))
+    found: dict[str, dict[str, list[int]]] = {}
+    for artifact in artifacts:
+        for place, made_from in snapshots_in(artifact.settings):
+            if changed := changed_blocks(made_from, generations_now(place)):
+                found.setdefault(artifact.path, {})[place] = changed
     return found
 
 
