@@ -51,10 +51,14 @@ def resolve_projection(spec: RunSpec) -> Projection:
 
 
 def resolve_kernel(spec: RunSpec) -> Kernel:
-    """Make the kernel that [kernel] names, with its options checked."""
+    """Make the kernel that [kernel] names, with its options checked; of a damping sweep the first.
+
+    All of a sweep have the same spectra; to apply one, ask with one of `RunSpec.sweep`.
+    """
     from gradstore.numerics.kernel import KERNELS
 
-    return resolve_kind(KERNELS, spec.kernel.kind, spec.kernel.options, "kernel")
+    kernels = [resolve_kind(KERNELS, swept.kernel.kind, swept.kernel.options, "kernel") for swept in spec.sweep()]
+    return kernels[0]
 
 
 def resolve_device(spec: RunSpec) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from gradstore.errors import SpecError
-from gradstore.spec.sections import DataSection, RunSpec, SplitSection
+from gradstore.spec.data import DataSection, SplitSection
+from gradstore.spec.sections import RunSpec
 
 T = TypeVar("T", bound=BaseModel)
 _MODEL_PATHS: Final = ("source", "weights", "peft")

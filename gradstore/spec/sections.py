@@ -1,4 +1,4 @@
-"""The tables of run.toml, as frozen values."""
+"""The tables of run.toml, as frozen values; those of [data] are in data.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from gradstore.errors import SpecError
+from gradstore.spec.data import DataSection
+from gradstore.spec.section import Section
 
 # Part of the machine's memory that the workers of an embedded cluster share; the rest is this process and the page cache.
 MEMORY_SHARE = 0.8
@@ -24,13 +26,6 @@ MEAN_MEMBER = "members.mean"
 # Folders that a feature set has beside those of its members, so that no member can be called so.
 SET_FOLDERS = ("inputs", "examples", "statistics", "blocks", "scales")
 RESERVED_NAMES = {"kernel": "baseline", "learn": "unweighted"}
-SPLITS = ("train", "learn", "eval")
-
-
-class Section(BaseModel):
-    """A table of run.toml: frozen, strict, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -107,91 +102,6 @@ class ModelSection(Section):
         return self
 
 
-class SplitSection(Section):
-    """[data.train], [data.learn], [data.eval]: one split of the data. [data] itself may hold shared defaults."""
-
-    source: str = Field(min_length=1)
-    format: Literal["auto", "text", "jsonl", "parquet", "datasets", "images", "idx", "npz"] = "auto"
-    subset: str | None = None
-    split: str | None = None
-    encoding: str | Annotated[list[str], Field(min_length=1)] = "utf-8"
-    text: str = "text"
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    image: str = "image"
-    labels: str | None = None
-    label: str | None = None
-    id: str | None = None
-    packing: Literal["document", "concatenate"] = "document"
-    length: int = Field(default=512, ge=2)
-    start: int | None = Field(default=None, ge=0)
-    rows: int | None = Field(default=None, ge=1)
-    generate: dict[str, Any] | None = None
-
-    @property
-    def origin(self) -> tuple[str | None, ...]:
-        """What tells the sources of two splits apart; rows that the model writes on from those of train have no source."""
-        if self.generate is not None and self.generate.get("prompts") == "train":
-            return ("rows of data.train",)
-        return (self.source, self.subset, self.split)
-
-
-class DataSection(Section):
-    """[data]: the three splits, and what is done to the documents before they are split."""
-
-    deduplicate: bool = True
-    shuffle: bool = True
-    train: SplitSection
-    learn: SplitSection
-    eval: SplitSection
-
-    @model_validator(mode="before")
-    @classmethod
-    def _share_defaults(cls, values: Any) -> Any:
-        """Keys of a split that stand in [data] itself are the defaults of all three."""
-        if not isinstance(values, Mapping):
-            return values
-        shared = {key: value for key, value in values.items() if key in SplitSection.model_fields}
-        rest = {key: value for key, value in values.items() if key not in shared}
-        for split in SPLITS:
-            own = rest.get(split, {})
-            rest[split] = {**shared, **own} if isinstance(own, Mapping) else own
-        return rest
-
-    def splits(self) -> dict[str, SplitSection]:
-        """The splits by name, in the order in which they take their rows."""
-        return {name: getattr(self, name) for name in SPLITS}
-
-    def ranges(self) -> dict[str, tuple[int, int | None]]:
-        """Rows [start, stop) that each split takes of its source; stop is None for all that is left.
-
-        A split without ``start`` begins where the one before it, of the same source, ended.
-
-        Raises
-        ------
-        SpecError
-            If two splits of one source overlap.
-        """
-        taken: dict[tuple[str | None, ...], list[tuple[str, int, int | None]]] = {}
-        ranges: dict[str, tuple[int, int | None]] = {}
-        for name, split in self.splits().items():
-            earlier = taken.setdefault(split.origin, [])
-            start = split.start
-            if start is None:
-                start = _after(name, earlier)
-            stop = None if split.rows is None else start + split.rows
-            for other, first, last in earlier:
-                if (last is None or start < last) and (stop is None or first < stop):
-                    raise SpecError(
-                        f"data.{name}: rows {_range(start, stop)} of {split.source} overlap rows {_range(first, last)} "
-                        f"of data.{other}. The three splits have disjoint roles: change start or rows."
-                    )
-            earlier.append((name, start, stop))
-            ranges[name] = (start, stop)
-        return ranges
-
-
 class GroupsSection(Section):
     """[features.groups]: how parameters are partitioned into groups; the keys are those of `gradstore.groups.Grouping`."""
 
@@ -248,11 +158,40 @@ class KernelSection(Section):
         own.setdefault("name", own.get("kind", "block"))
         return {**own, "options": rest}
 
+    def suffixes(self) -> dict[str, KernelSection]:
+        """Return the kernels of a damping sweep, each of one damping and with a name of its own, by what that ends in.
+
+        A ``damping`` that is a list sweeps: block becomes block_0p01, block_0p1 and so on, of the same spectra. One number
+        is a sweep of one, without a suffix.
+        """
+        dampings = self.options.get("damping")
+        if not isinstance(dampings, list | tuple):
+            return {"": self}
+        numbers = [value for value in dampings if isinstance(value, int | float) and not isinstance(value, bool)]
+        if not numbers or len(numbers) < len(dampings) or len({*numbers}) < len(numbers):
+            raise SpecError(
+                f"kernel.damping: found {list(dampings)}; accepted: a number, or a list of different numbers to sweep."
+            )
+        found = {}
+        for number in numbers:
+            suffix = "_" + repr(float(number)).removesuffix(".0").replace(".", "p").replace("+", "")
+            options = {**self.options, "damping": float(number)}
+            found[suffix] = self.model_copy(update={"name": self.name + suffix, "options": options})
+        return found
+
 
 class ContributeSection(Section):
-    """[contribute]: how C[q, n, j] is stored."""
+    """[contribute]: what is made of C[q, n, j], and how it is stored.
 
+    ``mode`` is ``tensor`` (C itself), ``streamed`` (what the learner needs of C, without C) or ``scores`` (S = sum_j w_j C
+    alone, under uniform weights and those of ``weights``, if a name is given).
+    """
+
+    mode: Literal["tensor", "streamed", "scores"] = "tensor"
     dtype: Literal["float32", "float16"] = "float32"
+    weights: str | None = Field(default=None, pattern=NAME)
+    normalize: Literal["none", "cosine", "relatif"] = "none"
+    second_moments: bool = True
 
 
 class LearnSection(Section):
@@ -328,10 +267,25 @@ class RunSpec(Section):
     @model_validator(mode="after")
     def _check(self) -> RunSpec:
         self.data.ranges()
+        self.kernel.suffixes()
         for section, reserved in RESERVED_NAMES.items():
             if getattr(self, section).name == reserved:
                 raise SpecError(f"{section}.name: found {reserved!r}, which has another meaning. Choose another name.")
+        if self.contribute.weights is not None and self.contribute.mode != "scores":
+            raise SpecError(
+                f'contribute.weights: found {self.contribute.weights!r} with mode = "{self.contribute.mode}"; C has no '
+                'weights in it. Set contribute.mode = "scores", or leave contribute.weights out.'
+            )
         return self
+
+    def sweep(self) -> list[RunSpec]:
+        """Return the runs of a damping sweep: as many as kernel.damping lists, each with a kernel and weights of its own."""
+        return [
+            self.model_copy(
+                update={"kernel": kernel, "learn": self.learn.model_copy(update={"name": self.learn.name + suffix})}
+            )
+            for suffix, kernel in self.kernel.suffixes().items()
+        ]
 
 
 def _bytes(text: str) -> int:
@@ -342,19 +296,3 @@ def _bytes(text: str) -> int:
             f'cluster.memory_per_worker: found {text!r}; accepted: "auto" or a size such as "4GiB" or "500MB".'
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _after(name: str, earlier: list[tuple[str, int, int | None]]) -> int:
-    if not earlier:
-        return 0
-    other, _, stop = earlier[-1]
-    if stop is None:
-        raise SpecError(
-            f"data.{name}: data.{other} declares no rows, so it takes all of the source that both name. "
-            f"Set data.{other}.rows, or give data.{name} another source."
-        )
-    return stop
-
-
-def _range(start: int, stop: int | None) -> str:
-    return f"[{start}, {'end' if stop is None else stop})"

@@ -80,6 +80,13 @@ def test_keys_of_a_split_win_over_the_shared_defaults() -> None:
             "found the name inputs, which is another folder's",
         ),
         (lambda v: v["run"].update(name="../up"), r"run\.name: found '\.\./up'"),
+        (lambda v: v.update(kernel={"damping": []}), r"kernel\.damping: found \[\]; accepted: a number, or a list of"),
+        (lambda v: v.update(kernel={"damping": [0.1, "x"]}), r"kernel\.damping: found \[0\.1, 'x'\]"),
+        (lambda v: v.update(kernel={"damping": [0.1, 0.1]}), r"accepted: a number, or a list of different numbers"),
+        (
+            lambda v: v.update(contribute={"weights": "learned"}),
+            r"contribute\.weights: found 'learned' with mode = \"tensor\"; C has no weights in it",
+        ),
     ],
 )
 def test_what_run_toml_may_not_say_is_refused_with_key_found_and_accepted(
@@ -102,6 +109,23 @@ def test_a_spec_survives_a_round_trip_through_plain_values() -> None:
     assert spec.kernel.name == "block"
     assert type(spec).model_validate(spec.model_dump()) == spec
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_a_list_of_dampings_is_one_run_for_each_with_a_kernel_and_weights_of_its_own() -> None:
+    spec = parse_spec(changed(lambda v: v.update(kernel={"kind": "block", "damping": [0.01, 1, 1e-5, 0.010000001]})))
+    found = [(run.kernel.name, run.learn.name, run.kernel.options) for run in spec.sweep()]
+    assert found == [
+        ("block_0p01", "learned_0p01", {"damping": 0.01}),
+        ("block_1", "learned_1", {"damping": 1.0}),
+        ("block_1e-05", "learned_1e-05", {"damping": 1e-5}),
+        ("block_0p010000001", "learned_0p010000001", {"damping": 0.010000001}),
+    ]
+    assert all(parse_spec(run.model_dump()) == run for run in spec.sweep())
+
+
+def test_one_damping_is_a_sweep_of_the_run_itself() -> None:
+    spec = parse_spec(changed(lambda v: v.update(kernel={"kind": "block", "damping": 0.5})))
+    assert spec.sweep() == [spec]
 
 
 def test_a_missing_file_and_a_broken_file_are_named(tmp_path: Path) -> None:
