@@ -6,6 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+from gradstore.plan.sizes import gigabytes
 
 PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -26,43 +29,95 @@ class Progress:
             _line(text)
 
     @contextmanager
-    def stage(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Enter a stage of ``total`` units of which ``done`` were finished earlier; call what it yields to advance."""
+    def stage(
+        self, label: str, total: int, unit: str, done: int = 0, total_bytes: int = 0
+    ) -> Iterator[Callable[[int], None]]:
+        """Enter a stage of ``total`` units of which ``done`` were finished earlier; call what it yields to advance.
+
+        ``total_bytes`` is what all units read or write together, in proportion to their number; 0 if nobody waits for
+        bytes. The time left is told by the rate of this run: what was done earlier took none of its time.
+        """
         if self._quiet or total == 0:
             yield lambda _: None
-        elif self._live:
-            with _live(label, total, unit, done) as advance:
+            return
+        course = _Course(total=total, unit=unit, done=done, total_bytes=total_bytes, started=time.monotonic())
+        if self._live:
+            with _live(label, course) as advance:
                 yield advance
         else:
-            yield _Plain(label, total, unit, done).advance
+            yield _Plain(label, course).advance
+
+
+@dataclass(slots=True, kw_only=True)
+class _Course:
+    """How far a stage is, in units and, if it has such, in bytes."""
+
+    total: int
+    unit: str
+    done: int
+    total_bytes: int
+    started: float
+    finished: int = 0
+
+    def complete(self) -> bool:
+        return self.done + self.finished >= self.total
+
+    def reached(self) -> str:
+        """Units and bytes so far, of how many."""
+        now = self.done + self.finished
+        told = f"{now:,}/{self.total:,} {self.unit}"
+        if not self.total_bytes:
+            return told
+        return f"{told}, {gigabytes(self.total_bytes * now / self.total)} of {gigabytes(self.total_bytes)}"
+
+    def rate(self) -> str:
+        """Units and bytes a second, in this run."""
+        rate = self._rate()
+        told = f"{rate:,.1f}/s"
+        return f"{told}, {gigabytes(rate * self.total_bytes / self.total)}/s" if self.total_bytes else told
+
+    def seconds_left(self) -> float | None:
+        """Seconds that the rest takes at the rate of this run; None before anything was finished in it."""
+        return (self.total - self.done - self.finished) / self._rate() if self.finished else None
+
+    def _rate(self) -> float:
+        return self.finished / max(time.monotonic() - self.started, 1e-9)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time as people read it, 1:02:03 from a minute on; a dash if it is not known."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 @contextmanager
-def _live(label: str, total: int, unit: str, done: int) -> Iterator[Callable[[int], None]]:
+def _live(label: str, course: _Course) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[reached]}"),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("left {task.fields[left]}"),
     )
-    started = time.monotonic()
     with Bars(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(label, total=total, completed=done, unit=unit, rate="")
-        finished = 0
+        bar = bars.add_task(
+            label, total=course.total, completed=course.done, reached=course.reached(), rate="", left=duration(None)
+        )
 
         def advance(count: int) -> None:
-            nonlocal finished
-            finished += count
-            rate = finished / max(time.monotonic() - started, 1e-9)
-            bars.update(bar, advance=count, rate=f"{rate:.1f}/s")
+            course.finished += count
+            left = duration(course.seconds_left())
+            bars.update(bar, advance=count, reached=course.reached(), rate=course.rate(), left=left)
 
         yield advance
 
@@ -70,26 +125,22 @@ def _live(label: str, total: int, unit: str, done: int) -> Iterator[Callable[[in
 class _Plain:
     """A line when the stage starts, one every few seconds, and one when it ends."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int) -> None:
-        self._label, self._total, self._unit, self._done = label, total, unit, done
-        self._finished = 0
-        self._started = self._printed = time.monotonic()
-        earlier = f", {done} done earlier" if done else ""
-        self._print(f"{total} {unit}{earlier}")
+    def __init__(self, label: str, course: _Course) -> None:
+        self._label, self._course = label, course
+        self._printed = course.started
+        bytes_too = f", {gigabytes(course.total_bytes)}" if course.total_bytes else ""
+        earlier = f", {course.done:,} done earlier" if course.done else ""
+        self._print(f"{course.total:,} {course.unit}{bytes_too}{earlier}")
 
     def advance(self, count: int) -> None:
-        self._finished += count
+        course = self._course
+        course.finished += count
         now = time.monotonic()
-        complete = self._done + self._finished >= self._total
-        if not complete and now - self._printed < PLAIN_INTERVAL_SECONDS:
+        if not course.complete() and now - self._printed < PLAIN_INTERVAL_SECONDS:
             return
         self._printed = now
-        rate = self._finished / max(now - self._started, 1e-9)
-        left = (self._total - self._done - self._finished) / max(rate, 1e-9)
-        self._print(
-            f"{self._done + self._finished}/{self._total} {self._unit}, {rate:.1f}/s, "
-            f"{now - self._started:.0f} s so far, {left:.0f} s left"
-        )
+        so_far, left = duration(now - course.started), duration(course.seconds_left())
+        self._print(f"{course.reached()}, {course.rate()}, {so_far} so far, {left} left")
 
     def _print(self, text: str) -> None:
         _line(f"{self._label}: {text}")

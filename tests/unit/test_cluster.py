@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradstore.cluster import Engine, Task
+from gradstore.cluster import Engine
 from gradstore.errors import SpecError
 from gradstore.spec import ClusterSection
 
@@ -38,5 +38,11 @@ def test_a_scheduler_needs_an_address() -> None:
 
 def test_a_scheduler_must_not_be_open_to_a_network() -> None:
     section = ClusterSection(kind="scheduler", address="tcp://192.0.2.7:8786")
-    with Engine(section) as engine, pytest.raises(SpecError, match="not on this machine and not encrypted"):
-        list(engine.run([Task(name="t", function=len, arguments=([],))]))
+    with pytest.raises(SpecError, match="not on this machine and not encrypted"):
+        Engine(section)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8786", "localhost", "http://127.0.0.1:8787", "inproc://1"])
+def test_an_address_that_no_scheduler_has_is_refused(address: str) -> None:
+    with pytest.raises(SpecError, match=r"cluster\.address: found .*; accepted: tls://HOST:PORT"):
+        Engine(ClusterSection(kind="scheduler", address=address))

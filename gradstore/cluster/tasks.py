@@ -1,0 +1,93 @@
+"""A task, and what a worker does with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gradstore.errors import GradstoreError, IntegrityError, ObjectMissingError, StorageError, TaskError
+
+# What libraries of linear algebra read when they are loaded.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One unit of work: what to call, with which names and numbers, and how many rows it stands for.
+
+    A task may run more than once, even after it has finished: its worker may be lost with what it returned. So it looks
+    first whether what it is to commit is committed, and then only returns.
+
+    Attributes
+    ----------
+    name
+        Unique among the tasks that are submitted together. It ends in its number: ``kernel-block-0004``.
+    after
+        Names of tasks, earlier among those submitted together, that must have finished before this one starts. If one of
+        them fails, this one is not run.
+    smaller
+        Makes the tasks that do the same work, each a part of it, for where this one takes the lives of its workers, most
+        likely their memory. They are submitted in its place, with its rows among them; what is to run after it, runs after
+        all of them. They may name each other in ``after``, and nothing else. Without such the task itself is submitted once
+        more.
+    lower
+        Keys of run.toml to lower if a worker has too little memory for it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    rows: int = 1
+    after: tuple[str, ...] = ()
+    smaller: Callable[[], Sequence[Task]] | None = None
+    lower: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The error of a task. A worker returns gradstore's own instead of raising it: trying again would find the same."""
+
+    error: BaseException
+
+
+def attempt(function: Callable[..., Any], arguments: tuple[Any, ...], opened: bool = True) -> Any:
+    """Call a task on a worker, with one thread of computation; ``opened`` says whether what it is to run after went well.
+
+    Storage may answer the next time; gradstore's other errors are not worth a retry.
+    """
+    if not opened:
+        return Failed(TaskError("a task before it failed"))
+    try:
+        with one_thread():
+            return function(*arguments)
+    except (IntegrityError, ObjectMissingError) as error:
+        return Failed(error)
+    except StorageError:
+        raise
+    except GradstoreError as error:
+        return Failed(error)
+
+
+def gate(*results: Any) -> bool:
+    """Return whether none of these results of tasks is an error."""
+    return not any(isinstance(result, Failed) for result in results)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Enter with one thread of computation for numpy's and torch's linear algebra, whoever started this process.
+
+    Sums are then in one order, so numbers are bit-identical whatever the worker, and workers do not fight over cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    # For what the task is the first to load.
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    with threadpool_limits(1):
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.set_num_threads(1)
+        yield
