@@ -19,6 +19,14 @@ settings.register_profile("gradstore", deadline=None, derandomize=True, max_exam
 settings.load_profile("gradstore")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give a command less time than its test, so that it is the command that tells where it hangs."""
+    from tests.runs import PATIENCE
+
+    limit = float(config.getoption("timeout") or config.getini("timeout"))
+    os.environ[PATIENCE] = str(0.85 * limit)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, a corpus and a run.toml whose store does not exist."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from gradstore.cluster import Task
 from tests.models import make_tiny_model
@@ -20,6 +23,8 @@ TOPICS = {
     "money": "bank shares profit market price growth trade budget tax firm",
     "music": "song band album theatre singer stage tour chart award guitar",
 }
+# Seconds that a command may take, in the environment: less than a test may (tests/conftest.py).
+PATIENCE = "TEST_COMMAND_SECONDS"
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"precision": "float32"},
     "data": {"format": "jsonl", "label": "topic", "length": 24},
@@ -81,20 +86,52 @@ def toml(value: Any) -> str:
 
 
 class InThisProcess:
-    """An engine without a cluster."""
+    """An engine without a cluster, which runs tasks in the order in which they are given."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        ran: set[str] = set()
+        for task in tasks:
+            assert ran.issuperset(task.after), f"{task.name}: given before {set(task.after) - ran}"
+            yield task, task.function(*task.arguments)
+            ran.add(task.name)
+
+
+class InSmallerTasks:
+    """An engine that runs smaller tasks, where there are such, as if workers had died of the whole ones."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
         for task in tasks:
-            yield task, task.function(*task.arguments)
+            for smaller in [task] if task.smaller is None else task.smaller():
+                yield smaller, smaller.function(*smaller.arguments)
 
 
 def gradstore(
     *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the installed command line as a user does."""
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, check=False
+    """Run the installed command line as a user does.
+
+    One that does not end is ended, with its workers: each tells on standard error where it was.
+    """
+    process = subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})},
+        cwd=cwd,
+        # A worker that outlived the command would be in its group, and hold the pipes.
+        start_new_session=True,
     )
+    try:
+        output, errors = process.communicate(timeout=float(os.environ[PATIENCE]))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        output, errors = process.communicate(timeout=30)
+        pytest.fail(f"gradstore {' '.join(map(str, arguments))} does not end:\n{output}\n{errors}")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command(*arguments), process.returncode, output, errors)
 
 
 def command(*arguments: str | Path) -> Sequence[str]:

@@ -1,14 +1,11 @@
-"""The whole pipeline once more: dense, in float64, with plain loops, sharing no code with gradstore.
-
-Slow on purpose and meant to be read: it is where the expected values of the tests come from. Random draws (projection
-matrices, the initial w_raw, the order of visits) are given to it.
-"""
+"""Outputs, gradients and their projections, of models, of diffusion and of planted stores."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -99,121 +96,6 @@ def best_rank(matrix: Array, rank: int) -> Array:
     return np.asarray((left[:, :rank] * values[:rank]) @ right[:rank])
 
 
-def precondition(train_nd: Array, query_qd: Array, *, kind: str, damping: float, mode: str) -> Array:
-    """K psi of every query, with K built from the training features of the same group."""
-    query_qd = query_qd.astype(np.float64)
-    if kind == "identity":
-        return query_qd
-    gram = np.zeros((train_nd.shape[1], train_nd.shape[1]))
-    for row in train_nd.astype(np.float64):
-        gram += np.outer(row, row)
-    if mode == "relative":
-        damping = damping * np.trace(gram) / len(gram)
-    if damping == 0:
-        return np.zeros_like(query_qd)
-    return np.linalg.solve(gram + damping * np.eye(len(gram)), query_qd.T).T
-
-
-def contributions(queries: Mapping[str, Array], rows: Mapping[str, Array], groups: Sequence[str]) -> Array:
-    """C[q, n, j] as one inner product after the other, of preconditioned queries with training features."""
-    num_queries, num_rows = len(queries[groups[0]]), len(rows[groups[0]])
-    c = np.zeros((num_queries, num_rows, len(groups)))
-    for q in range(num_queries):
-        for n in range(num_rows):
-            for j, group in enumerate(groups):
-                c[q, n, j] = queries[group][q].astype(np.float64) @ rows[group][n].astype(np.float64)
-    return c
-
-
-def scores(c: Array, weights: Array) -> Array:
-    """S[q, n] = sum over groups of w_j C[q, n, j]."""
-    total = np.zeros(c.shape[:2])
-    for j, weight in enumerate(weights):
-        total += weight * c[:, :, j].astype(np.float64)
-    return total
-
-
-def top(scores_n: Array, k: int) -> list[int]:
-    """Rows of the k highest scores, best first, the earlier row first among equals."""
-    return sorted(range(len(scores_n)), key=lambda row: (-scores_n[row], row))[:k]
-
-
-def loss(c_nm: Tensor, raw: Tensor, k: int) -> Tensor:
-    """Algorithm 1's loss of one query, differentiable in w_raw."""
-    score: Tensor = c_nm @ torch.softmax(raw, 0)
-    chosen = top(score.detach().numpy(), k)
-    return -torch.mean((score / torch.linalg.norm(score))[chosen])
-
-
-def learn(
-    c: Array,
-    raw: Array,
-    visits: Sequence[tuple[int, int]],
-    *,
-    k: int,
-    learning_rate: float,
-    weight_decay: float,
-) -> tuple[Array, list[float]]:
-    """Algorithm 1 on a dense C [Q, N, M], by autograd and torch's own optimizer and schedule; w and every loss."""
-    parameter = nn.Parameter(torch.tensor(raw, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([parameter], lr=learning_rate, weight_decay=weight_decay)
-    # A schedule that is stepped without the optimizer (a query of zero norm) warns, so the rates are computed first.
-    rates = [learning_rate * (1 + math.cos(math.pi * step / len(visits))) / 2 for step in range(len(visits))]
-    losses = []
-    for (_, query), rate in zip(visits, rates, strict=True):
-        c_nm = torch.tensor(c[query], dtype=torch.float64)
-        if not (c_nm @ torch.softmax(parameter.detach(), 0)).any():
-            losses.append(math.nan)
-            continue
-        value = loss(c_nm, parameter, k)
-        optimizer.zero_grad()
-        torch.autograd.backward(value)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        losses.append(value.item())
-    return torch.softmax(parameter.detach(), 0).numpy(), losses
-
-
-def tail_patch(
-    model: nn.Module,
-    output: Callable[[nn.Module, Sequence[object]], Tensor],
-    query: object,
-    proponents: Sequence[object],
-    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
-) -> float:
-    """Relative change in percent of the query's log-probability, on a copy of the model that is stepped once."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    before = -output(model, [query]).item()
-    total = sum((output(model, [proponent]).sum() for proponent in proponents), torch.zeros(()))
-    torch.autograd.backward(total / len(proponents))
-    make_optimizer(model.parameters()).step()
-    after = -output(model, [query]).item()
-    return 100 * (after - before) / abs(before)
-
-
-def linear_datamodeling_scores(scores_qn: Array, subsets: Sequence[Sequence[int]], actual_sq: Array) -> list[float]:
-    """For every query, the rank correlation over subsets of summed scores and outputs; NaN where either is constant."""
-    found = []
-    for q, scores_n in enumerate(scores_qn):
-        predicted = [math.fsum(float(scores_n[n]) for n in subset) for subset in subsets]
-        first, second = ranks(predicted), ranks([float(outputs_q[q]) for outputs_q in actual_sq])
-        middle = (len(subsets) + 1) / 2
-        product = math.fsum((a - middle) * (b - middle) for a, b in zip(first, second, strict=True))
-        squares = [math.fsum((rank - middle) ** 2 for rank in side) for side in (first, second)]
-        found.append(product / math.sqrt(squares[0] * squares[1]) if min(squares) > 0 else math.nan)
-    return found
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """For each value one more than how many are smaller, plus half of how many others are equal."""
-    return [
-        1 + sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2
-        for value in values
-    ]
-
-
 def noise_levels(steps: int, beta_start: float, beta_end: float) -> Array:
     """Cumulated products of 1 - beta, of betas that grow by equal steps: one multiplication after the other."""
     kept, product = np.zeros(steps), 1.0
@@ -257,3 +139,39 @@ def sample(
             direction = (x - math.sqrt(now) * image) / math.sqrt(1 - now)
             x = math.sqrt(later) * image + math.sqrt(1 - later) * direction
     return x, path
+
+
+def planted_draw(seed: int, name: str, side: str, row: int, count: int) -> Array:
+    """One row of a table of draws: sums of four digits of 4 bits, less 30, by 8; a row begins at a counter of its own."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=16, person=b"gradstore")
+    for part in (name, f"planted {side}"):
+        digest.update(len(part).to_bytes(8, "little") + part.encode())
+    counters = math.ceil(count / 16)
+    stream = np.random.Philox(key=int.from_bytes(digest.digest(), "little"))
+    every = stream.random_raw(4 * counters * (row + 1))[4 * counters * row :]
+    found = []
+    for i in range(count):
+        bits = (int(every[i // 4]) >> (16 * (i % 4))) & 0xFFFF
+        found.append((sum((bits >> shift) & 0xF for shift in (0, 4, 8, 12)) - 30) / 8)
+    return np.array(found)
+
+
+def planted_colouring(size: int) -> Array:
+    """diag(1, 1/2, 1, ...) (I + N/2): row k is of coordinates k and, by half, the one after it."""
+    matrix = np.zeros((size, size))
+    for k in range(size):
+        scale = 0.5 if k % 2 else 1.0
+        matrix[k, k] += scale
+        matrix[k, (k + 1) % size] += 0.5 * scale
+    return matrix
+
+
+def planted_feature(
+    shape: tuple[int, int], noise: Array, signals: Sequence[tuple[float, Array]], scale: float
+) -> Array:
+    """s L (E + sum of strength times direction) R^T, flattened row by row."""
+    z = noise.reshape(shape).copy()
+    for strength, direction in signals:
+        z += strength * direction.reshape(shape)
+    left, right = planted_colouring(shape[0]), planted_colouring(shape[1])
+    return np.asarray((scale * left @ z @ right.T).reshape(-1))
