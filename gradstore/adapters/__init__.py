@@ -11,13 +11,15 @@ from gradstore.adapters.causal_lm import CausalLM
 from gradstore.adapters.diffusion import Diffusion
 from gradstore.adapters.image_classifier import ImageClassifier
 from gradstore.adapters.models.precision import resolve_precision
-from gradstore.adapters.protocol import Adapter, Examples, Facts, SourceFacts
+from gradstore.adapters.protocol import Adapter, Examples, Facts, SourceFacts, WithResiduals
+from gradstore.adapters.synthetic import Synthetic
 from gradstore.spec import DataSection, ModelSection
 
 ADAPTERS: dict[str, Callable[[ModelSection, DataSection, int], Adapter]] = {
     "causal_lm": CausalLM,
     "image_classifier": ImageClassifier,
     "diffusion": Diffusion,
+    "synthetic": Synthetic,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Examples", "Facts", "SourceFacts", "resolve_precision"]
+__all__ = ["ADAPTERS", "Adapter", "Examples", "Facts", "SourceFacts", "WithResiduals", "resolve_precision"]

@@ -6,6 +6,7 @@ numpy's distributions are not used: only the raw words of its bit generators are
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float64, Int8, Int64, UInt64
@@ -37,6 +38,17 @@ def derive_key(seed: int, group: str, side: str) -> int:
 def words(key: int, count: int) -> UInt64[np.ndarray, " count"]:
     """The first ``count`` words of a key's stream."""
     return np.random.Philox(key=key).random_raw(count)
+
+
+def stretches(key: int, counters: Iterable[tuple[int, int]]) -> Iterator[UInt64[np.ndarray, " words"]]:
+    """The words of some stretches of a key's stream: of each from its first counter up to its last, without those before."""
+    # One for all: making one costs as much as thousands of words.
+    stream = np.random.Philox(key=key)
+    state = stream.state
+    for first, last in counters:
+        state["state"]["counter"][0] = first
+        stream.state = state
+        yield stream.random_raw(WORDS_PER_COUNTER * (last - first))
 
 
 def rademacher(key: int, rows: int, columns: int) -> Int8[np.ndarray, "rows columns"]:
