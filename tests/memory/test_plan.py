@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from gradstore.cluster import Engine, Task
+from gradstore.cluster import Engine
 from gradstore.plan import make_plan
 from gradstore.plan.memory import PROCESS_BYTES
 from gradstore.spec import RunSpec, read_spec
@@ -21,7 +20,7 @@ from gradstore.stages.featurize.block import featurize_blocks
 from gradstore.stages.kernel import build_bundle, build_kernel
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.tail_patch import patch_query, tail_patches
-from tests.memory.peak import high_water
+from tests.memory.held import HoldingEngine, Peak
 from tests.models import VOCABULARY, tiny_tokenizer
 from tests.runs import make_run, write_corpus
 
@@ -45,68 +44,12 @@ SLACK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peak:
-    """Memory of a process: before its task, with the libraries of a worker imported, and at the highest."""
-
-    before: int
-    highest: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Measured:
     """A stage: memory of a task as planned, of which the model's weights take some, and as measured."""
 
     planned: int
     weights: int
     peak: Peak
-
-
-class HoldingEngine:
-    """Runs tasks here, but those of one function: of these the first runs in a fresh process, where it is measured."""
-
-    def __init__(self, held: Callable[..., Any], *, finish: bool) -> None:
-        self.peak: Peak | None = None
-        self._held = held
-        self._finish = finish
-
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
-        for task in tasks:
-            if task.function is not self._held:
-                yield task, task.function(*task.arguments)
-            elif self.peak is None:
-                result, self.peak = in_a_fresh_process(task)
-                yield task, result
-            elif self._finish:
-                yield task, task.function(*task.arguments)
-
-
-def in_a_fresh_process(task: Task) -> tuple[Any, Peak]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    # As the embedded cluster starts its workers: freed memory stays with the process.
-    worker = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "OMP_NUM_THREADS": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in worker.items():
-            patch.setenv(name, value)
-        process = context.Process(target=measure, args=(task, theirs))
-        process.start()
-    theirs.close()
-    try:
-        result, before, highest = ours.recv()
-    finally:
-        process.join()
-    return result, Peak(before=before, highest=highest)
-
-
-def measure(task: Task, connection: Any) -> None:
-    import distributed  # noqa: F401
-    import torch
-    import zarr  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
-    torch.set_num_threads(1)
-    before = high_water()
-    connection.send((task.function(*task.arguments), before, high_water()))
 
 
 def make_model(folder: Path) -> None:
@@ -179,5 +122,5 @@ def test_what_a_task_adds_to_its_process_is_what_the_plan_adds_to_it(
 ) -> None:
     # These tasks need no model; the plan counts it because a worker of `gradstore run` still has it from featurize.
     found = measured[stage]
-    added = found.peak.highest - found.peak.before
+    added = found.peak.added
     assert 4 * added >= found.planned - PROCESS_BYTES - found.weights >= added - SLACK_BYTES
