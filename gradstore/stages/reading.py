@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 
-from gradstore.store.features import FeatureArray
+from gradstore.spec import MEAN_MEMBER
+from gradstore.store.features import FeatureArray, FeatureSet, Piece
 
 
 def full_width(array: FeatureArray) -> int:
@@ -33,3 +37,20 @@ def inner_products(array: FeatureArray, queries_QK: np.ndarray, rows_NK: np.ndar
 def is_factored(array: FeatureArray) -> bool:
     """Whether a group's features are rank-c factors."""
     return any(part.factors is not None for part in array.parts)
+
+
+def members_of(feature_set: FeatureSet, member: str) -> list[FeatureSet]:
+    """The set as the member has it whose kernel is meant, or, of the kernel of the mean of all, as each has it."""
+    return [feature_set.of_member(name) for name in (feature_set.info.members if member == MEAN_MEMBER else [member])]
+
+
+def next_mean(pieces: Iterator[Piece], array: FeatureArray, members: int) -> np.ndarray:
+    """Rows of a group as kernels see them: the mean of the next pieces, one of each member; NaN where one is not valid."""
+    total = full_rows(array, next(pieces).rows[array.name])
+    if members == 1:
+        return total
+    total = total.copy()
+    for piece in islice(pieces, members - 1):
+        np.add(total, full_rows(array, piece.rows[array.name]), out=total)
+    np.divide(total, members, out=total)
+    return total

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.errors import ContractError, NotReadyError, SupersededError
+from gradstore.errors import NotReadyError, SupersededError
 from gradstore.spec import content_hash
-from gradstore.store.artifacts.staleness import changed_blocks, snapshots_in
+from gradstore.store.artifacts.staleness import changed_blocks, snapshots_in, stale_error
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import (
     Buffers,
+    ObjectEntry,
     claim_document,
     in_parallel,
     publish_metadata,
@@ -33,16 +34,26 @@ from gradstore.store.layout import ARTIFACT_FILE, FORMAT_VERSION, ArrayLayout, c
 FOLDERS: Final = {
     "projection": ("projections", 1),
     "kernel": ("kernels", 2),
+    "full_kernel": ("full-kernels", 2),
+    "partials": ("partials", 3),
+    "self_influence": ("self-influence", 2),
     "queries": ("queries", 3),
     "contributions": ("contributions", 2),
+    "moments": ("moments", 2),
+    "score_matrix": ("score-matrices", 2),
     "weights": ("weights", 1),
     "scores": ("scores", 1),
 }
 VERBS: Final = {
     "projection": "featurize",
     "kernel": "kernel",
+    "full_kernel": "kernel",
+    "partials": "run",
+    "self_influence": "self-influence",
     "queries": "contribute",
     "contributions": "contribute",
+    "moments": "contribute",
+    "score_matrix": "contribute",
     "weights": "learn",
     "scores": "score",
 }
@@ -50,8 +61,13 @@ VERBS: Final = {
 _WAYS_OUT: Final = {
     "projection": "",
     "kernel": "choose another run.store, ",
+    "full_kernel": "choose another run.store, ",
+    "partials": "",
+    "self_influence": "choose another kernel.name (and learn.name), ",
     "queries": "choose another kernel.name (and learn.name), ",
     "contributions": "choose another kernel.name (and learn.name), ",
+    "moments": "choose another kernel.name (and learn.name), ",
+    "score_matrix": "choose another kernel.name (and learn.name), ",
     "weights": "choose another learn.name, ",
     "scores": "",
 }
@@ -64,7 +80,7 @@ class ArtifactInfo:
     Attributes
     ----------
     kind
-        ``projection``, ``kernel``, ``queries``, ``contributions``, ``weights`` or ``scores``.
+        A key of FOLDERS.
     num_units
         Units of work; the artifact is complete when all are committed.
     settings
@@ -199,17 +215,27 @@ class Artifact(ABC):
         SupersededError
             If the artifact was pruned since it was opened, or another attempt was faster or took the unit back.
         """
+        attempt = self._begin(unit)
+        if attempt is None:
+            return self._record(unit)
+        return attempt.commit(self._publish(attempt, payloads), facts)
+
+    def _begin(self, unit: int) -> Attempt | None:
+        """Begin an attempt at a unit; None if it is committed."""
         generation = self.log.begin(unit)
         if generation is None:
-            return self._record(unit)
+            return None
         self._refuse_pruned()
-        attempt = Attempt(self.log, unit, generation, guard=self._refuse_pruned)
+        return Attempt(self.log, unit, generation, guard=self._refuse_pruned)
+
+    def _publish(self, attempt: Attempt, payloads: Mapping[str, Payload]) -> dict[str, ObjectEntry]:
+        """Publish some objects of a unit, by path; return what its record is to say of them."""
         entries = in_parallel(
             lambda item: attempt.publish(f"{self.folder}/{item[0]}", item[1]),
             payloads.items(),
             threads=self.storage.concurrency,
         )
-        return attempt.commit(dict(zip(payloads, entries, strict=True)), facts)
+        return dict(zip(payloads, entries, strict=True))
 
     def _refuse_pruned(self) -> None:
         """Make sure that the artifact is still the one that was opened, not made anew with other settings."""
@@ -295,11 +321,7 @@ def _refuse_stale(where: str, store: str, stored: Mapping[str, Any], asked: Mapp
     for place, made_from in snapshots_in(stored):
         changed = changed_blocks(made_from, now.get(place, made_from))
         if changed:
-            shown = ", ".join(map(str, changed[:5])) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-            raise ContractError(
-                f"{where}: is stale: blocks {shown} of {place} were appended, erased or repaired since it was made. Run "
-                f"`gradstore prune {store} --stale`, which removes what is stale, then the same command again."
-            )
+            raise stale_error(where, store, place, changed)
 
 
 def _names_below(storage: Storage, folder: str, depth: int) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import NotReadyError
+from gradstore.errors import ContractError, NotReadyError
 from gradstore.store.features import FeatureStore
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ def snapshots_in(settings: Any) -> Iterator[tuple[str, Generations]]:
 def changed_blocks(made_from: Generations, now: Generations) -> list[int]:
     """Blocks that are in one snapshot only, or of another generation in the other."""
     return sorted(block for block in {*made_from, *now} if made_from.get(block) != now.get(block))
+
+
+def stale_error(where: str, store_url: str, place: str, blocks: Sequence[int]) -> ContractError:
+    """Return what tells of an artifact whose set has changed in some blocks since it was made."""
+    shown = ", ".join(map(str, blocks[:5])) + (f" and {len(blocks) - 5} more" if len(blocks) > 5 else "")
+    return ContractError(
+        f"{where}: is stale: blocks {shown} of {place} were appended, erased or repaired since it was made. Run "
+        f"`gradstore prune {store_url} --stale`, which removes what is stale, then the same command again."
+    )
 
 
 def stale_blocks(store: FeatureStore, artifacts: Iterable[ArtifactStatus]) -> dict[str, dict[str, list[int]]]:
