@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gradstore.store.examples import Example
 
@@ -46,6 +46,15 @@ class Adapter(Protocol):
 
     def longest(self, split: str) -> int | None:
         """Return the tokens of the longest example that a split may hold, or None where only the data tells."""
+        ...
+
+
+@runtime_checkable
+class WithResiduals(Protocol):
+    """An adapter of which an output function needs, beside the gradient, how wrong the model is about an example."""
+
+    def outputs_and_residuals(self, model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
+        """Return f [B] as ``outputs`` does and, of one pass, the residuals [B], detached; None if f needs none."""
         ...
 
 

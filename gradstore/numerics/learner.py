@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64
 
 from gradstore.errors import DataError, SpecError
 from gradstore.numerics.generator import derive_key, normal, permutation, words
+from gradstore.numerics.scores import Transform
 
 INITIAL_DEVIATION = 0.01
 
@@ -37,6 +38,8 @@ class LearnerSettings:
         Of the initial w_raw and of the order of the visits.
     tile
         Queries that are stored together: each epoch permutes the tiles, then the queries inside each.
+    transform
+        What becomes of the scores S when rows are ranked in the end: where that is their square, |S| takes the place of S.
     """
 
     k: int = 10
@@ -45,6 +48,7 @@ class LearnerSettings:
     weight_decay: float = 0.1
     seed: int = 0
     tile: int = 1
+    transform: Transform = "none"
 
     def __post_init__(self) -> None:
         for name, low in {"k": 1, "epochs": 1, "tile": 1, "weight_decay": 0}.items():
@@ -80,7 +84,7 @@ class Visit(NamedTuple):
     """What one query's contributions say at one w; enough for the loss and its gradient."""
 
     top_mean: Float64[np.ndarray, " M"]
-    """Mean of the k rows of C_q with the highest scores."""
+    """Mean of the k rows of C_q with the highest scores; where these are |S|, of sign(S) C_q."""
     response: Float64[np.ndarray, " M"]
     """C_q^T S_q = A_q w, with A_q = C_q^T C_q."""
     norm: float
@@ -101,7 +105,8 @@ def learn_weights(
 
     (arXiv 2506.05647, eq. 6-7): one AdamW step per visit, E visits to every query. Scores are float64. Of rows with
     equal scores at the k-th place the first is taken. A query whose scores are all zero takes no step, but counts for
-    the learning rate.
+    the learning rate. Where scores are squared in the end (DAS), the top k are those of the largest abs(S), and their mean
+    is that of abs(S); the norm is the same.
 
     Parameters
     ----------
@@ -126,7 +131,8 @@ def learn_weights(
     visits = visit_order(num_queries, settings)
     losses, weights_per_epoch = [], []
     for step, (_, query) in enumerate(visits, start=1):
-        losses.append(descent.step(visit_query(read(query), descent.weights, k=settings.k, query=query)))
+        visit = visit_query(read(query), descent.weights, k=settings.k, query=query, transform=settings.transform)
+        losses.append(descent.step(visit))
         if step % num_queries == 0:
             weights_per_epoch.append(descent.weights)
     return LearnedWeights(
@@ -155,11 +161,21 @@ def visit_order(num_queries: int, settings: LearnerSettings) -> list[tuple[int, 
     return visits
 
 
+def placing_scores(scores: Float[np.ndarray, "*X"], transform: Transform) -> Float[np.ndarray, "*X"]:
+    """What the top k of Algorithm 1 are the largest of: S, or its magnitude where scores are squared in the end."""
+    return np.abs(scores) if transform == "square" else scores
+
+
 def visit_query(
-    pieces: Iterable[Float[np.ndarray, "_ M"]], weights_M: Float64[np.ndarray, " M"], *, k: int, query: int
+    pieces: Iterable[Float[np.ndarray, "_ M"]],
+    weights_M: Float64[np.ndarray, " M"],
+    *,
+    k: int,
+    query: int,
+    transform: Transform = "none",
 ) -> Visit:
     """Read one query's contributions once; see `learn_weights` for the arguments and errors."""
-    best = _Best(k=k, num_groups=len(weights_M))
+    best = _Best(k=k, num_groups=len(weights_M), transform=transform)
     response_M, squares, num_rows = np.zeros_like(weights_M), 0.0, 0
     for piece in pieces:
         piece_NM = piece.astype(np.float64)
@@ -225,21 +241,25 @@ class Descent:
 
 
 class _Best:
-    """The k rows with the highest scores so far, best first, earlier rows first among equals."""
+    """The k rows with the highest scores so far, best first, earlier rows first among equals; of |S| rows times sign(S)."""
 
-    def __init__(self, *, k: int, num_groups: int) -> None:
+    def __init__(self, *, k: int, num_groups: int, transform: Transform) -> None:
         self._k = k
+        self._transform: Transform = transform
         self._score_K = np.empty(0)
         self.rows_KM = np.empty((0, num_groups))
 
     def offer(self, score_N: Float64[np.ndarray, " N"], piece_NM: Float64[np.ndarray, "N M"]) -> None:
+        placing_N = placing_scores(score_N, self._transform)
         if len(self._score_K) == self._k:
             # A later row must beat the k-th, not equal it.
-            better_N = score_N > self._score_K[-1]
+            better_N = placing_N > self._score_K[-1]
             if not better_N.any():
                 return
-            score_N, piece_NM = score_N[better_N], piece_NM[better_N]
-        score_S = np.concatenate([self._score_K, score_N])
+            placing_N, score_N, piece_NM = placing_N[better_N], score_N[better_N], piece_NM[better_N]
+        if self._transform == "square":
+            piece_NM = np.sign(score_N)[:, None] * piece_NM
+        score_S = np.concatenate([self._score_K, placing_N])
         order_K = np.argsort(-score_S, kind="stable")[: self._k]
         self._score_K = score_S[order_K]
         self.rows_KM = np.concatenate([self.rows_KM, piece_NM])[order_K]

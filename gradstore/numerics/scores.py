@@ -1,11 +1,15 @@
 """Scores S[q, n] = sum_j w_j C[q, n, j], and the rows that score best and worst, as C streams by."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
 # Q queries, N rows of one block, M groups, K rows kept per query.
+
+Transform = Literal["none", "square"]
+"""What becomes of a linear score in the end: nothing, or its square (DAS, arXiv 2506.05647, eq. 16)."""
 
 LARGEST, SMALLEST = 1.0, -1.0
 
@@ -17,6 +21,11 @@ class Ranked:
     rows: Int[np.ndarray, "Q K"]
     scores: Float[np.ndarray, "Q K"]
     parts: Float[np.ndarray, "Q K M"]
+
+
+def transformed(scores: Float[np.ndarray, "*X"], transform: Transform) -> Float[np.ndarray, "*X"]:
+    """The scores that linear ones stand for."""
+    return np.square(scores) if transform == "square" else scores
 
 
 class Ranking:
@@ -31,10 +40,14 @@ class Ranking:
         Q and M.
     k
         Rows kept per query and side.
+    transform
+        What becomes of sum_j w_j C: rows are ranked by that, and their parts are of the sum before it. Of squares none is
+        below 0, so that the smallest are of rows that matter least.
     """
 
-    def __init__(self, *, num_queries: int, num_groups: int, k: int) -> None:
+    def __init__(self, *, num_queries: int, num_groups: int, k: int, transform: Transform = "none") -> None:
         self._k = k
+        self._transform: Transform = transform
         nothing = Ranked(
             rows=np.empty((num_queries, 0), np.int64),
             scores=np.empty((num_queries, 0), np.float64),
@@ -49,7 +62,7 @@ class Ranking:
         rows_N: Int[np.ndarray, " N"],
     ) -> None:
         """Take in one block of C; rows are numbered by ``rows_N``."""
-        scores_QN = contributions_QNM.astype(np.float64) @ weights_M
+        scores_QN = transformed(contributions_QNM.astype(np.float64) @ weights_M, self._transform)
         for sign, best in self._best.items():
             chosen_QK = _order(sign * scores_QN, np.broadcast_to(rows_N, scores_QN.shape), self._k)
             parts = np.take_along_axis(contributions_QNM, chosen_QK[:, :, None], 1) * weights_M

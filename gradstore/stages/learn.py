@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from gradstore.numerics.learner import LearnedWeights, LearnerSettings
+    from gradstore.numerics.scores import Transform
 
 
 def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
-    """Write the weights that Algorithm 1 finds, unless the store holds them.
+    """Write the weights that Algorithm 1 finds, of every kernel of a sweep its own, unless the store holds them.
 
     Raises
     ------
@@ -36,15 +37,21 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     ContractError
         If weights of this name were learned otherwise.
     """
-    from gradstore.numerics.learner import learn_weights
-
     del engine  # learning is light: it streams C in this process
     store = FeatureStore.open(spec.run.store)
+    for swept in spec.sweep():
+        _learn(swept, store, progress)
+
+
+def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
+    from gradstore.numerics.learner import learn_weights
+
     contributions = Contributions.open(store, spec.kernel.name, "learn")
     shape = contributions.artifact.shape
     if spec.learn.k > shape.num_examples:
         raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {shape.num_examples} train examples.")
-    settings = learner_settings(spec, learner_tile((shape.queries, shape.rows, len(shape.groups))))
+    tile = learner_tile((shape.queries, shape.rows, len(shape.groups)))
+    settings = learner_settings(spec, tile, contributions.artifact.settings["transform"])
     artifact = WeightsArtifact.create(
         store.storage,
         spec.learn.name,
@@ -73,8 +80,8 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     )
 
 
-def learner_settings(spec: RunSpec, tile: int) -> LearnerSettings:
-    """The settings of Algorithm 1 that run.toml asks for."""
+def learner_settings(spec: RunSpec, tile: int, transform: Transform = "none") -> LearnerSettings:
+    """The settings of Algorithm 1 that run.toml asks for, of scores that end in a transform."""
     from gradstore.numerics.learner import LearnerSettings
 
     return LearnerSettings(
@@ -84,6 +91,7 @@ def learner_settings(spec: RunSpec, tile: int) -> LearnerSettings:
         weight_decay=spec.learn.weight_decay,
         seed=spec.run.seed if spec.learn.seed is None else spec.learn.seed,
         tile=tile,
+        transform=transform,
     )
 
 

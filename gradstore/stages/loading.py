@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradstore.adapters import resolve_precision
+from gradstore.adapters import WithResiduals, resolve_precision
 from gradstore.adapters.models.optimizer import read_divisors
 from gradstore.errors import ContractError, DataError
 from gradstore.plan.resolve import make_adapter, model_shape, resolve_device, resolve_projection
@@ -23,6 +23,7 @@ from gradstore.store.artifacts import MatricesArtifact
 from gradstore.store.backend import open_storage
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from gradstore.adapters import Adapter
@@ -50,11 +51,14 @@ class Batch:
         [B, k_j] by group, float32.
     covariances
         By part, (left [r_o, r_o], right [r_i, r_i], positions): sums over the batch's positions, in float64.
+    residuals
+        How wrong the model is about each example, float64 [B], where the output function needs it: that of DAS.
     """
 
     outputs: np.ndarray
     features: Mapping[str, np.ndarray]
     covariances: Mapping[str, tuple[np.ndarray, np.ndarray, int]]
+    residuals: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +73,21 @@ class LoadedModel:
 
     def outputs(self, model: nn.Module, examples: Sequence[Example], *, exactly: bool = False) -> Tensor:
         """f(example; theta) [B] in the run's precision, or in float32 where ``exactly`` is asked for."""
+        with self._autocast(exactly=exactly):
+            return self.adapter.outputs(model, examples)
+
+    def outputs_and_residuals(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
+        """f(example; theta) [B] as `outputs`, and of the same pass the residuals [B] where f needs them."""
+        if not isinstance(self.adapter, WithResiduals):
+            return self.outputs(self.model, examples), None
+        with self._autocast():
+            return self.adapter.outputs_and_residuals(self.model, examples)
+
+    def _autocast(self, *, exactly: bool = False) -> torch.autocast:
         import torch
 
         enabled = self.precision == "bfloat16" and not exactly
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled):
-            return self.adapter.outputs(model, examples)
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
 
     def facts(self) -> dict[str, object]:
         """What computed a block, for its record."""
@@ -105,7 +119,14 @@ class Loaded(LoadedModel):
     def compute(self, examples: Sequence[Example], *, training: bool = False, covariances: bool = False) -> Batch:
         """Outputs and features of one batch, and the covariances of its projected factors if asked for."""
         extractor = self.training_extractor if training else self.extractor
-        found = extractor(lambda: self.outputs(self.model, examples), examples=len(examples), covariances=covariances)
+        residual_B: Tensor | None = None
+
+        def outputs() -> Tensor:
+            nonlocal residual_B
+            output_B, residual_B = self.outputs_and_residuals(examples)
+            return output_B
+
+        found = extractor(outputs, examples=len(examples), covariances=covariances)
         return Batch(
             outputs=found.outputs.double().cpu().numpy(),
             features=_in_numpy(found.features),
@@ -113,6 +134,7 @@ class Loaded(LoadedModel):
                 part: (item.left.double().cpu().numpy(), item.right.double().cpu().numpy(), int(item.positions))
                 for part, item in found.covariances.items()
             },
+            residuals=None if residual_B is None else residual_B.double().cpu().numpy(),
         )
 
     def before_factors(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:

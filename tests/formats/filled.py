@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gradstore.stages.featurize.tables import Statistics, example_table, statistics_of
+from gradstore.stages.featurize.tables import Outputs, Statistics, example_table, statistics_of
 from gradstore.store.backend import Storage
 from gradstore.store.commits import Record
 from gradstore.store.examples import Example, hash_inputs, to_table
@@ -73,7 +73,8 @@ def _examples_table(
 ) -> pa.Table:
     """The example table of a block."""
     start = info.block_range(block)[0]
-    return example_table(start, examples(info, block), outputs, values, arrays=info.arrays, output="cross_entropy")
+    said = Outputs(function="cross_entropy", values=outputs)
+    return example_table(start, examples(info, block), said, values, arrays=info.arrays)
 
 
 def filled(

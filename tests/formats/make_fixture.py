@@ -16,8 +16,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.stages.featurize.tables import example_table, statistics_of
-from gradstore.store.artifacts import ContributionArtifact, ContributionShape, KernelArtifact
+from gradstore.stages.featurize.tables import Outputs, example_table, statistics_of
+from gradstore.store.artifacts import (
+    ContributionArtifact,
+    ContributionShape,
+    KernelArtifact,
+    SelfInfluenceArtifact,
+    SelfInfluenceShape,
+    SpectraShape,
+)
 from gradstore.store.examples import Example, data_hash, hash_inputs, to_table
 from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo
 from gradstore.store.features.erasure import erase_rows
@@ -104,6 +111,15 @@ def contributions() -> npt.NDArray[np.float32]:
     return values
 
 
+def self_influence() -> npt.NDArray[np.float32]:
+    """Self-influence of the train examples: multiples of 1/8; NaN where the train set has no features."""
+    train = SPLITS[0]
+    row, group = np.indices((train.length, len(GROUPS)))
+    values: npt.NDArray[np.float32] = (((row * 3 + group * 5) % 17) / 8).astype(np.float32)
+    values[[row for row in range(train.length) if not train.has_features(row)]] = np.nan
+    return values
+
+
 def spectrum(group: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
     """Eigenvalues and eigenvectors, one a column: those of a permutation."""
     width = GROUPS[group]
@@ -152,9 +168,37 @@ def make(folder: Path) -> None:
         artifact.write_block(block, contributions()[:, slice(*shape.block_range(block))], facts={})
     widths = {group: GROUPS[group] for group in KERNEL_GROUPS}
     kernel = KernelArtifact.create(
-        store.storage, "block", "m0", settings=snapshots, widths=widths, bundles=[list(KERNEL_GROUPS)]
+        store.storage,
+        "block",
+        "m0",
+        settings=snapshots,
+        shape=SpectraShape(widths=widths),
+        bundles=[list(KERNEL_GROUPS)],
     )
     kernel.write_bundle(0, {group: spectrum(group) for group in KERNEL_GROUPS}, facts={})
+    _make_self_influence(store, train, snapshots["train"])
+
+
+def _make_self_influence(store: FeatureStore, train: SetInfo, snapshot: Mapping[str, Any]) -> None:
+    shape = SelfInfluenceShape(
+        rows=train.rows,
+        block_rows=BLOCK_ROWS,
+        gaps=train.gaps,
+        groups=tuple(GROUPS),
+        chunk_rows=BLOCK_ROWS,
+        chunk_groups=2,
+    )
+    artifact = SelfInfluenceArtifact.create(
+        store.storage,
+        "block",
+        "m0",
+        settings={"kernel": {"kind": "block", "damping": 0.1}, "train": snapshot},
+        shape=shape,
+    )
+    for unit in range(shape.num_units):
+        row, column = shape.place(unit)
+        rows, groups = slice(row * BLOCK_ROWS, (row + 1) * BLOCK_ROWS), slice(2 * column, 2 * column + 2)
+        artifact.write(unit, self_influence()[rows, groups].astype(np.float64), facts={})
 
 
 def _make_set(store: FeatureStore, split: Split) -> None:
@@ -198,8 +242,8 @@ def _write_missing_blocks(made: FeatureSet, split: Split) -> None:
         rows = range(*made.info.block_range(block))
         values = {name: features_of(split, index, rows) for index, name in enumerate(split.groups)}
         present = [example(split, row) for row in rows]
-        losses = np.array([row / 2 for row in rows])
-        table = example_table(rows[0], present, losses, values, arrays=made.info.arrays, output="token_cross_entropy")
+        said = Outputs(function="token_cross_entropy", values=np.array([row / 2 for row in rows]))
+        table = example_table(rows[0], present, said, values, arrays=made.info.arrays)
         statistics = statistics_of(made.info, values)
         made.write_block(block, values, examples=blanked(table, []), statistics=statistics, facts={})
 
@@ -209,6 +253,7 @@ def expected() -> dict[str, Any]:
     return {
         "sets": {split.name: _expected_set(split) for split in SPLITS},
         "contributions": plain(contributions()),
+        "self_influence": plain(self_influence()),
         "spectra": {group: [part.tolist() for part in spectrum(group)] for group in KERNEL_GROUPS},
     }
 

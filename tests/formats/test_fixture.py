@@ -24,7 +24,7 @@ import xarray
 import zarr
 
 import gradstore
-from gradstore.store.artifacts import ContributionArtifact, KernelArtifact
+from gradstore.store.artifacts import ContributionArtifact, KernelArtifact, SelfInfluenceArtifact
 from gradstore.store.features import FeatureStore
 from tests.formats.make_fixture import EXPECTED, FIXTURE, expected, make
 
@@ -168,6 +168,18 @@ def test_gradstore_finds_the_recorded_contributions() -> None:
     np.testing.assert_array_equal(opened["contributions"].values, numbers(FOUND["contributions"]))
     artifact = ContributionArtifact.open(FeatureStore.open(str(FIXTURE)).storage, "block", "eval")
     assert artifact.is_complete()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_another_reader_finds_the_recorded_self_influence(reader: str) -> None:
+    stored, attributes = READERS[reader](FIXTURE / "self-influence/block/m0/values/tau")
+    assert attributes["groups"] == list(FOUND["sets"]["train"]["features"])
+    np.testing.assert_array_equal(stored, numbers(FOUND["self_influence"]))
+
+
+def test_gradstore_finds_the_recorded_self_influence() -> None:
+    artifact = SelfInfluenceArtifact.open(FeatureStore.open(str(FIXTURE)).storage, "block", "m0")
+    np.testing.assert_array_equal(artifact.read(), numbers(FOUND["self_influence"]))
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -12,7 +12,14 @@ import tensorstore
 import xarray
 import zarr
 
-from gradstore.store.artifacts import ContributionArtifact, ContributionShape, KernelArtifact, QueryArtifact
+from gradstore.store.artifacts import (
+    ContributionArtifact,
+    ContributionShape,
+    KernelArtifact,
+    QueryArtifact,
+    QueryShape,
+    SpectraShape,
+)
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureSet
 from tests import stores
@@ -130,12 +137,14 @@ def test_xarray_opens_contributions_queries_and_spectra(tmp_path: Path) -> None:
     decoded = dataset["c"].astype("float32") * dataset[dataset["c"].attrs["scaled_by"]]
     np.testing.assert_array_equal(decoded.values, np.concatenate(list(made.read_blocks(0, 3)), axis=1))
 
-    queries = QueryArtifact.create(storage, "block", ("eval", "m0"), settings={}, queries=3, widths={"a": 2})
-    queries.write({"a": values[:, 0]}, facts={})
+    kept = QueryShape(queries=3, groups=("a",), widths={"a": 2})
+    queries = QueryArtifact.create(storage, "block", ("eval", "m0"), settings={}, shape=kept)
+    queries.write({"a": values[:, 0]}, np.ones((3, 1)), facts={})
     opened = xarray.open_zarr(str(tmp_path), group="queries/block/eval/m0/features", consolidated=False, chunks=None)
     np.testing.assert_array_equal(opened["a"].values, values[:, 0])
 
-    kernel = KernelArtifact.create(storage, "block", "m0", settings={}, widths={"a": 2}, bundles=[["a"]])
+    spectra = SpectraShape(widths={"a": 2})
+    kernel = KernelArtifact.create(storage, "block", "m0", settings={}, shape=spectra, bundles=[["a"]])
     kernel.write_bundle(0, {"a": (np.array([1.0, 2.0]), np.eye(2))}, facts={})
     opened = xarray.open_zarr(str(tmp_path), group="kernels/block/m0/eigenvalues", consolidated=False, chunks=None)
     np.testing.assert_array_equal(opened["a"].values, [1.0, 2.0])

@@ -109,6 +109,33 @@ def test_an_output_is_the_oracles_over_the_same_copies_of_every_image(
     assert adapter.identity()["output"] == output
 
 
+@pytest.mark.parametrize("copies_per_call", [None, 2])
+def test_the_residual_of_das_is_the_simple_loss_over_the_copies_of_the_same_pass(
+    copies_per_call: int | None, module: str, archive: Path
+) -> None:
+    options = {"timesteps": TIMESTEPS, "noises": 2, "copies_per_call": copies_per_call}
+    adapter = diffusion(f"{module}:make", archive, output="das", options=options)
+    model, examples = adapter.load("cpu").double(), adapter.examples().splits["train"][:3]
+    seen: list[int] = []
+    model.register_forward_hook(lambda _module, given, _output: seen.append(len(given[0])))
+
+    outputs, residuals = adapter.outputs_and_residuals(model, examples)
+
+    assert residuals is not None
+    assert outputs.requires_grad
+    assert not residuals.requires_grad
+    assert sum(seen) == 3 * 6
+    np.testing.assert_allclose(residuals.numpy(), expected_outputs(model, examples, "ddpm_simple", noises=2), rtol=1e-9)
+    np.testing.assert_allclose(outputs.detach().numpy(), expected_outputs(model, examples, "das", noises=2), rtol=1e-9)
+
+
+@pytest.mark.parametrize("output", ["ddpm_simple", "square"])
+def test_other_output_functions_have_no_residual(output: str, module: str, archive: Path) -> None:
+    adapter = diffusion(f"{module}:make", archive, output=output, options={"timesteps": [3]})
+
+    assert adapter.outputs_and_residuals(adapter.load("cpu"), adapter.examples().splits["train"][:1])[1] is None
+
+
 @pytest.mark.parametrize("copies_per_call", [1, 2, 5, 50])
 def test_how_many_copies_a_call_takes_changes_neither_outputs_nor_gradients(
     copies_per_call: int, module: str, archive: Path

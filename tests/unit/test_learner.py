@@ -45,6 +45,7 @@ def expected(c: np.ndarray, settings: LearnerSettings) -> tuple[np.ndarray, list
         k=settings.k,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
+        square=settings.transform == "square",
     )
 
 
@@ -54,6 +55,9 @@ def expected(c: np.ndarray, settings: LearnerSettings) -> tuple[np.ndarray, list
         LearnerSettings(k=1),
         LearnerSettings(k=7, weight_decay=1.5, seed=3, tile=4),
         LearnerSettings(k=40, epochs=2, learning_rate=0.2, weight_decay=0.0),
+        LearnerSettings(k=1, transform="square"),
+        LearnerSettings(k=7, epochs=3, learning_rate=0.2, transform="square"),
+        LearnerSettings(k=40, epochs=2, transform="square"),
     ],
     ids=str,
 )
@@ -98,6 +102,23 @@ def test_the_gradient_is_that_of_autograd() -> None:
     (exact,) = torch.autograd.grad(dense, raw)
     assert loss == pytest.approx(dense.item(), rel=1e-12)
     np.testing.assert_allclose(gradient, exact.numpy(), rtol=1e-10, atol=1e-14)
+
+
+def test_of_squared_scores_the_gradient_is_that_of_autograd_and_the_sign_of_c_does_not_matter() -> None:
+    c_nm = contributions()[0]
+    raw = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.softmax(raw.detach(), 0).numpy()
+
+    pieces = [c_nm[:11], c_nm[11:]]
+    visit = visit_query(pieces, weights, k=4, query=0, transform="square")
+    loss, gradient = loss_and_gradient(visit, weights)
+
+    (exact,) = torch.autograd.grad(oracle.loss(torch.from_numpy(c_nm).double(), raw, 4, square=True), raw)
+    np.testing.assert_allclose(gradient, exact.numpy(), rtol=1e-10, atol=1e-14)
+    flipped = c_nm * np.random.default_rng(0).choice([-1, 1], (len(c_nm), 1)).astype(np.float32)
+    other = visit_query([flipped], weights, k=4, query=0, transform="square")
+    assert loss_and_gradient(other, weights)[0] == pytest.approx(loss, rel=1e-12)
+    assert loss_and_gradient(visit_query([c_nm], weights, k=4, query=0), weights)[0] > loss
 
 
 def test_learning_lowers_the_loss_and_prefers_the_group_with_the_signal() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstore.numerics.scores import Ranked, Ranking
+from tests import oracle
 
 
 def rank(c: np.ndarray, w: np.ndarray, k: int, edges: list[int], *, largest: bool = True) -> Ranked:
@@ -56,3 +57,19 @@ def test_the_order_of_blocks_does_not_matter() -> None:
     for first, last in ((8, 16), (0, 8)):
         ranking.update(c[:, first:last], w, np.arange(first, last))
     assert ranking.proponents().rows.tolist() == forward.rows.tolist()
+
+
+def test_squared_scores_rank_by_magnitude_and_their_parts_are_those_of_the_linear_score() -> None:
+    c = np.random.default_rng(2).standard_normal((3, 20, 4)).astype(np.float32)
+    w = np.array([0.1, 0.2, 0.3, 0.4])
+    ranking = Ranking(num_queries=3, num_groups=4, k=5, transform="square")
+    for first, last in ((0, 7), (7, 20)):
+        ranking.update(c[:, first:last], w, np.arange(first, last))
+
+    linear = oracle.scores(c, w)
+    for ranked, sign in ((ranking.proponents(), 1), (ranking.opponents(), -1)):
+        for q in range(3):
+            best = sorted(range(20), key=lambda row: -sign * abs(linear[q, row]))[:5]
+            assert ranked.rows[q].tolist() == best
+            np.testing.assert_allclose(ranked.scores[q], linear[q, best] ** 2, rtol=1e-12)
+            np.testing.assert_allclose(ranked.parts[q], c[q, best] * w, rtol=1e-6)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SIMPLE: Final = "ddpm_simple"
-OUTPUT_NAMES: Final = (SIMPLE, "square", "das")
+DAS: Final = "das"
+OUTPUT_NAMES: Final = (SIMPLE, "square", DAS)
 # Of what a copy takes, the part that the extractor of gradients keeps of it, projected, after its call: measured with
 # 32 and 64 channels and logra of rank 8. It is less in a wider model.
 KEPT_SHARE: Final = 0.25
@@ -112,11 +113,17 @@ class Diffusion:
 
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return f [B] of images of one shape, each seen in its noised copies."""
+        return self.outputs_and_residuals(model, examples)[0]
+
+    def outputs_and_residuals(self, model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
+        """Return f [B] and, of the output function of DAS, how far the noise is that the model sees in the same copies."""
         from gradstore.numerics.outputs import OUTPUTS
+        from gradstore.numerics.outputs.diffusion import residual
 
         noisy, noise, times = self._noised(model, examples)
         predicted = self._predicted(model, noisy, times, _classes_of(examples))
-        return OUTPUTS[self._output](predicted, *([noise] if self._output == SIMPLE else []))
+        output = OUTPUTS[self._output](predicted, *([noise] if self._output == SIMPLE else []))
+        return output, residual(predicted, noise) if self._output == DAS else None
 
     def identity(self) -> dict[str, Any]:
         """Return adapter, architecture, output function, schedule, copies, preprocessing and the order of the classes."""

@@ -72,6 +72,28 @@ def das(predicted: Float[Tensor, "B S *D"]) -> Float[Tensor, " B"]:
     return _mean_of_sums(_wide(predicted))
 
 
+def residual(predicted: Float[Tensor, "B S *D"], noise: Float[Tensor, "B S *D"]) -> Float[Tensor, " B"]:
+    r"""Residual of the predicted noise: what DAS multiplies an example's gradient by (arXiv 2506.05647, eq. 18).
+
+    .. math:: r(x) = \frac{1}{S} \sum_s \| \epsilon_\theta(x_s, t_s) - \epsilon_s \|^2
+
+    It is the value of `ddpm_simple`, and nothing is differentiated through it.
+
+    Parameters
+    ----------
+    predicted
+        The noise that the model sees in every noised copy of every example.
+    noise
+        The noise that is in it.
+
+    Returns
+    -------
+    Tensor
+        [B], detached, at least float32.
+    """
+    return ddpm_simple(predicted.detach(), noise)
+
+
 def _mean_of_sums(values: Float[Tensor, "B S *D"]) -> Float[Tensor, " B"]:
     return values.flatten(1).sum(1) / values.shape[1]
 

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from gradstore.errors import ResourceError
 
 if TYPE_CHECKING:
-    from gradstore.stages.loading import Batch, Loaded
+    from gradstore.stages.loading import Batch
     from gradstore.store.examples import Example
+
+
+class Source(Protocol):
+    """What computes the features of examples: a model as a worker holds it, or what stands for one."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        ...
+
+    def compute(self, examples: Sequence[Example], *, training: bool = False, covariances: bool = False) -> Batch:
+        """Outputs and features of one batch, and the covariances of its factors if asked for."""
+        ...
+
+    def facts(self) -> dict[str, object]:
+        """What computed a block, for its record."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +58,7 @@ def batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def compute(
-    loaded: Loaded, examples: Sequence[Example], token_budget: int, *, training: bool = False, covariances: bool = False
+    loaded: Source, examples: Sequence[Example], token_budget: int, *, training: bool = False, covariances: bool = False
 ) -> Iterator[Computed]:
     """Compute the features of some examples, batch by batch; ``training`` says whether they are those of the train set.
 
@@ -70,7 +87,7 @@ def compute(
         yield Computed(rows=rows, batch=batch, invalid=invalid)
 
 
-def _within_memory(loaded: Loaded, examples: Sequence[Example], *, training: bool, covariances: bool) -> Batch | None:
+def _within_memory(loaded: Source, examples: Sequence[Example], *, training: bool, covariances: bool) -> Batch | None:
     """What was computed of a batch, or None if the device has no memory for it but may have for half of it."""
     import torch
 
@@ -88,10 +105,12 @@ def _within_memory(loaded: Loaded, examples: Sequence[Example], *, training: boo
 
 
 def _not_finite(batch: Batch) -> dict[int, str]:
-    """Rows of a batch whose output or features are not finite, and what was found."""
+    """Rows of a batch whose output, residual or features are not finite, and what was found."""
     found: dict[int, str] = {}
-    for row in np.flatnonzero(~np.isfinite(batch.outputs)).tolist():
-        found[row] = f"its loss is {batch.outputs[row]}"
+    numbers = {"loss": batch.outputs} | ({} if batch.residuals is None else {"residual": batch.residuals})
+    for what, values in numbers.items():
+        for row in np.flatnonzero(~np.isfinite(values)).tolist():
+            found.setdefault(row, f"its {what} is {values[row]}")
     for name, features in batch.features.items():
         for row in np.flatnonzero(~np.isfinite(features).all(1)).tolist():
             found.setdefault(row, f"its gradient in group {name} is not finite")

@@ -12,10 +12,11 @@ import numpy as np
 
 from gradstore.errors import DataError
 from gradstore.spec import RunSpec
-from gradstore.stages.featurize.batches import compute
-from gradstore.stages.featurize.tables import Statistics, example_table
+from gradstore.stages.featurize.batches import Source, compute
+from gradstore.stages.featurize.planted import find_planted
+from gradstore.stages.featurize.tables import DAS, Outputs, Statistics, example_table
 from gradstore.stages.featurize.writer import BackgroundWriter
-from gradstore.stages.loading import Loaded, load_for
+from gradstore.stages.loading import load_for
 from gradstore.store.commits import Record
 from gradstore.store.examples import Example, from_table
 from gradstore.store.features import FeatureSet, FeatureStore, blanked
@@ -44,14 +45,14 @@ def featurize_blocks(
     spec = RunSpec.model_validate(run)
     store = FeatureStore.open(store_url)
     feature_set = store.open_set(*place)
-    loaded = load_for(store, spec, feature_set.member)
+    source = find_planted(spec, feature_set) or load_for(store, spec, feature_set.member)
     # Of the contract: an adapter may have to read the dataset to say it, which workers need not reach.
     output = str(store.contract["model"]["output"])
     with BackgroundWriter[Record]() as writer:
         for block in blocks:
             if not feature_set.begin(block):
                 continue
-            computed = _compute_block(feature_set, loaded, spec, block, output=output)
+            computed = _compute_block(feature_set, source, spec, block, output=output)
             writer.submit(
                 partial(
                     feature_set.write_block,
@@ -68,13 +69,14 @@ def featurize_blocks(
     }
 
 
-def _compute_block(feature_set: FeatureSet, loaded: Loaded, spec: RunSpec, block: int, *, output: str) -> Block:
+def _compute_block(feature_set: FeatureSet, source: Source, spec: RunSpec, block: int, *, output: str) -> Block:
     started = time.monotonic()
     info = feature_set.info
     examples = from_table(feature_set.read_inputs(block))
     start, stop = info.block_range(block)
     features = {array.name: np.empty((stop - start, array.features), np.float32) for array in info.arrays}
     outputs, statistics = np.full(stop - start, np.nan), Statistics(info)
+    residuals = np.full(stop - start, np.nan) if output == DAS else None
     invalid: dict[int, str] = {}
     training = info.name == "train"
     # Only the kernel is built from covariances, and only from those of the train set.
@@ -83,9 +85,12 @@ def _compute_block(feature_set: FeatureSet, loaded: Loaded, spec: RunSpec, block
     erased = info.erased_in(block)
     left = [row for row in range(len(examples)) if row not in erased]
     present = [examples[row] for row in left]
-    for found in compute(loaded, present, budget, training=training, covariances=covariances):
+    for found in compute(source, present, budget, training=training, covariances=covariances):
         rows = [left[row] for row in found.rows]
         outputs[rows] = found.batch.outputs
+        if residuals is not None:
+            assert found.batch.residuals is not None, "an adapter with the output function of DAS tells residuals"
+            residuals[rows] = found.batch.residuals
         for name, values in found.batch.features.items():
             features[name][rows] = values
         if found.invalid:
@@ -95,12 +100,13 @@ def _compute_block(feature_set: FeatureSet, loaded: Loaded, spec: RunSpec, block
     refuse_invalid(examples, invalid, spec.features.max_invalid * info.num_examples)
     for values in features.values():
         values[[*invalid, *erased]] = np.nan
-    table = example_table(start, examples, outputs, features, arrays=info.arrays, output=output)
+    said = Outputs(function=output, values=outputs, residuals=residuals)
+    table = example_table(start, examples, said, features, arrays=info.arrays)
     return Block(
         features=features,
         examples=blanked(table, erased) if erased else table,
         statistics=statistics.table(features),
-        facts={"seconds": time.monotonic() - started, **loaded.facts()},
+        facts={"seconds": time.monotonic() - started, **source.facts()},
     )
 
 

@@ -195,15 +195,12 @@ def _write_missing_blocks(spec: RunSpec, engine: Engine, progress: Progress, fea
     info = feature_set.info
     missing = feature_set.missing_blocks()
     label = info.name if len(info.members) == 1 else f"{info.name} {feature_set.member}"
-    tasks = []
-    for blocks in block_tasks(missing, spec.cluster.num_workers):
-        rows = sum(stop - start for start, stop in map(info.block_range, blocks))
-        arguments = (spec.run.store, spec.model_dump(), (info.name, feature_set.member), list(blocks))
-        name = f"featurize-{label.replace(' ', '-')}-{blocks[0]:06d}"
-        tasks.append(Task(name=name, function=featurize_blocks, arguments=arguments, rows=rows))
+    run = spec.model_dump()
+    tasks = [_task(run, feature_set, label, blocks) for blocks in block_tasks(missing, spec.cluster.num_workers)]
     done = info.num_examples - sum(task.rows for task in tasks)
+    size = info.num_examples * sum(array.features for array in info.arrays) * DTYPES[info.dtype].item_bytes
     saturated = 0
-    with progress.stage(f"featurize {label}", info.num_examples, "rows", done) as advance:
+    with progress.stage(f"featurize {label}", info.num_examples, "rows", done, size) as advance:
         for task, lost in engine.run(tasks):
             saturated += lost["saturated"]
             advance(task.rows)
@@ -212,6 +209,26 @@ def _write_missing_blocks(spec: RunSpec, engine: Engine, progress: Progress, fea
             f"features/{info.name}: {saturated:,} values were too large for {info.dtype} and are stored as its largest"
         )
     _count_invalid_rows(spec, progress, feature_set)
+
+
+def _task(run: Mapping[str, Any], feature_set: FeatureSet, label: str, blocks: Sequence[int]) -> Task:
+    """The task of some blocks; if it takes the lives of its workers, one task of each block.
+
+    Alone, a block is not written while another is computed: one of them is in memory instead of two. Its batches stay as
+    they are: smaller ones would give other last bits, and equal token budgets promise equal bits.
+    """
+    info = feature_set.info
+    alone = len(blocks) == 1
+    prefix = f"featurize-{label.replace(' ', '-')}"
+    return Task(
+        name=f"{prefix}-block-{blocks[0]:06d}" if alone else f"{prefix}-{blocks[0]:06d}",
+        function=featurize_blocks,
+        arguments=(run["run"]["store"], run, (info.name, feature_set.member), list(blocks)),
+        rows=sum(stop - start for start, stop in map(info.block_range, blocks)),
+        smaller=None if alone else lambda: [_task(run, feature_set, label, [block]) for block in blocks],
+        # Both are those of the set, from its creation on.
+        lower=("features.token_budget or features.block_rows (of another run.store)",),
+    )
 
 
 def _count_invalid_rows(spec: RunSpec, progress: Progress, feature_set: FeatureSet) -> None:
