@@ -1,6 +1,7 @@
 """The command line: parse, call one stage, print. Nothing heavy is imported before a command runs.
 
 runs    commands that take a run.toml
+synth   the command that makes a synthetic run
 stores  commands that take a store
 """
 
@@ -8,11 +9,11 @@ from __future__ import annotations
 
 import sys
 
-from gradstore.cli import runs, stores
+from gradstore.cli import runs, stores, synth
 from gradstore.cli.application import app
 from gradstore.errors import GradstoreError
 
-__all__ = ["app", "main", "runs", "stores"]
+__all__ = ["app", "main", "runs", "stores", "synth"]
 
 
 def main() -> None:

@@ -26,6 +26,16 @@ Append = Annotated[
 ]
 
 
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Run on the workers of this Dask scheduler, tls://HOST:PORT or on this machine tcp://, instead of [cluster].",
+    ),
+]
+
+
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(metavar="[RUN.toml]", help="Where to write it.")] = Path("run.toml"),
@@ -71,65 +81,87 @@ def doctor(
 
 
 @app.command()
-def featurize(run: Run, append: Append = False, quiet: Quiet = False) -> None:
+def featurize(run: Run, append: Append = False, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Stream the gradient features of every split into the store."""
     from gradstore.stages.featurize import featurize as stage
 
-    _run_stages(run, quiet, partial(stage, append=append))
+    _run_stages(run, scheduler, quiet, partial(stage, append=append))
 
 
 @app.command()
-def kernel(run: Run, quiet: Quiet = False) -> None:
+def kernel(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Build the kernel's spectra from the train features."""
     from gradstore.stages.kernel import build_kernel as stage
 
-    _run_stages(run, quiet, stage)
+    _run_stages(run, scheduler, quiet, stage)
+
+
+@app.command("self-influence")
+def self_influence(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+    """Compute what every training example contributes to itself, group by group; contribute does so where it needs it."""
+    from gradstore.stages.self_influence import self_influence as stage
+
+    _run_stages(run, scheduler, quiet, stage)
 
 
 @app.command()
-def contribute(run: Run, quiet: Quiet = False) -> None:
+def contribute(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Build the contribution tensor C[q, n, j] of the learn and eval queries."""
     from gradstore.stages.contribute import contribute as stage
 
-    _run_stages(run, quiet, stage)
+    _run_stages(run, scheduler, quiet, stage)
 
 
 @app.command()
-def learn(run: Run, quiet: Quiet = False) -> None:
+def learn(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Learn one weight per parameter group from the contributions of the learn queries."""
     from gradstore.stages.learn import learn as stage
 
-    _run_stages(run, quiet, stage)
+    _run_stages(run, scheduler, quiet, stage)
 
 
 @app.command()
-def score(run: Run, quiet: Quiet = False) -> None:
+def score(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Rank the training examples of every eval query, with and without weights, beside the baselines."""
     from gradstore.stages.score import score as stage
 
-    _run_stages(run, quiet, stage)
+    _run_stages(run, scheduler, quiet, stage)
 
 
 @app.command("run")
-def run_all(run: Run, append: Append = False, quiet: Quiet = False) -> None:
+def run_all(run: Run, append: Append = False, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Do the whole path, featurize to report; what is already done is kept."""
+    from gradstore.spec import read_spec
+    from gradstore.stages.featurize import featurize as first
     from gradstore.stages.report import report as page_stage
-    from gradstore.stages.run import STAGES
+    from gradstore.stages.run import stages_of
 
-    featurize_stage, *others = STAGES
-    spec = _run_stages(run, quiet, partial(featurize_stage, append=append), *others)
-    tables, page = page_stage(spec.run.store, None, spec.kernel.name)
+    spec = read_spec(run)
+    run_stages(spec, scheduler, quiet, partial(first, append=append), *stages_of(spec)[1:])
+    if spec.contribute.mode != "tensor":
+        typer.echo('no report: its page shows the parts of scores, which come with contribute.mode = "tensor"')
+        return
+    tables, page = page_stage(spec.run.store, None, spec.sweep()[0].kernel.name)
     draw(*tables)
     typer.echo(f"report: {page}")
 
 
-def _run_stages(path: Path, quiet: bool, *stages: Stage) -> RunSpec:
-    """Run stages one after the other on one cluster."""
-    from gradstore.cluster import Engine
+def _run_stages(path: Path, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:
+    """Run the stages of a run.toml one after the other on one cluster: its own, or the workers of a scheduler."""
     from gradstore.spec import read_spec
+
+    return run_stages(read_spec(path), scheduler, quiet, *stages)
+
+
+def run_stages(spec: RunSpec, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:
+    """Run stages one after the other on one cluster: that of the run, or the workers of a scheduler."""
+    from gradstore.cluster import Engine
+    from gradstore.spec import ClusterSection
     from gradstore.stages.progress import Progress
 
-    spec = read_spec(path)
+    if scheduler is not None:
+        own = {**spec.cluster.model_dump(), "kind": "scheduler", "address": scheduler}
+        spec = spec.model_copy(update={"cluster": ClusterSection(**own)})
     progress = Progress(quiet=quiet)
     try:
         with Engine(spec.cluster, progress.note) as engine:

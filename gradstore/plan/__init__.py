@@ -18,7 +18,15 @@ import psutil
 from gradstore.adapters import Adapter
 from gradstore.errors import ResourceError, SpecError
 from gradstore.groups import ParameterGroup, Partition
+from gradstore.plan.combinations import refuse_combinations
+from gradstore.plan.contributions import contribute_notes, plan_contribute
 from gradstore.plan.dtypes import BLOSC_RATIOS, SCORE_ERRORS
+from gradstore.plan.kernels import (
+    SMALLER_KERNELS,
+    decomposition_notes,
+    refuse_without_covariances,
+    refuse_without_factors,
+)
 from gradstore.plan.memory import TaskMemory
 from gradstore.plan.resolve import make_adapter, model_shape, resolve_device, resolve_kernel, resolve_projection
 from gradstore.plan.sizes import (
@@ -51,8 +59,9 @@ FILE_BYTES = 9_000
 # What to lower where a stage's tasks do not fit a worker, or its work the process that runs it.
 LOWER = {
     "featurize": "features.token_budget, features.block_rows or the projection's rank",
-    "kernel": 'the projection\'s rank or features, or set kernel.kind = "identity"',
-    "contribute": "data.learn.rows, data.eval.rows, features.block_rows or the projection's rank",
+    "kernel": SMALLER_KERNELS,
+    "self-influence": SMALLER_KERNELS,
+    "contribute": "data.learn.rows, data.eval.rows, features.block_rows or the projection's rank, or sweep fewer dampings",
     "score": "score.tail_patch.k, or set score.tail_patch.queries = 0",
 }
 CLIENT_QUERIES = {"learn": "learn", "score": "eval"}
@@ -129,6 +138,7 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     """
     adapter = make_adapter(spec)
     projection, kernel = resolve_projection(spec), resolve_kernel(spec)
+    refuse_combinations(spec, spec.model.output)
     shapes = None if splits is not None else _declared(spec, adapter)
     if shapes is None:
         splits = adapter.examples().splits if splits is None else splits
@@ -140,11 +150,14 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     text = adapter.longest("train") is not None
     model = model_shape(adapter, adapter.load("meta"), spec, None if text or splits is None else splits["train"][0])
     widths = Widths.of(projection, model.partition.groups)
+    groups = zip(model.partition.groups, widths.sides, strict=True)
+    refuse_without_factors(spec, kernel, [group.name for group, sides in groups if not sides])
+    refuse_without_covariances(spec, kernel)
     sizes = Sizes(spec, model, widths.stored, resolve_device(spec))
     sets = {name: sizes.set_plan(name, *shapes[name]) for name in SPLITS}
     memory = TaskMemory(spec, model, widths)
-    # Lengths are declared of texts only.
-    texts = splits is None or any(example.text for example in splits["eval"])
+    # Lengths are declared of texts, and of synthetic examples, which have none.
+    texts = spec.model.adapter != "synthetic" if splits is None else any(example.text for example in splits["eval"])
     stages = stage_plans(spec, widths, sets, memory, spectra=kernel.needs_spectra, texts=texts)
     plan = Plan(
         partition=model.partition,
@@ -154,12 +167,25 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
         dtype_bytes={name: sizes.feature_bytes(name, sets["train"].rows) for name in DTYPES},
         stages=stages,
         worker_memory_bytes=sizes.worker_memory,
-        notes=tuple(_notes(spec, sets, stages, model.partition, sizes)),
+        notes=(
+            *_notes(spec, sets, stages, model.partition, sizes),
+            *_kernel_notes(spec, kernel, widths, sets),
+            *contribute_notes(plan_contribute(spec, widths, sets)),
+        ),
     )
     _refuse_wide_chunks(spec, plan)
     _refuse_too_little_memory(spec, plan)
     _refuse_a_full_disk(spec, plan)
     return plan
+
+
+def _kernel_notes(spec: RunSpec, kernel: Kernel, widths: Widths, sets: Mapping[str, SetPlan]) -> list[str]:
+    if not kernel.across_groups:
+        return decomposition_notes(kernel, widths)
+    from gradstore.plan.full import full_notes, refuse_all_coefficients
+
+    refuse_all_coefficients(spec, widths, sets)
+    return full_notes(spec, widths, sets["train"].rows)
 
 
 def _declared(spec: RunSpec, adapter: Adapter) -> dict[str, tuple[int, int]] | None:
@@ -193,7 +219,8 @@ def _refuse_too_little_memory(spec: RunSpec, plan: Plan) -> None:
         shared = spec.cluster.memory_per_worker == "auto" and fitting
         fewer = f"Set cluster.workers = {fitting}" if shared else "Raise cluster.memory_per_worker if there is more"
         raise ResourceError(
-            f"one task of {worst.name} needs {gigabytes(worst.task_memory_bytes)}, each of {spec.cluster.num_workers} "
+            f"one task of {worst.name} needs {gigabytes(worst.task_memory_bytes)}{_widest(plan, worst.name)}, each of "
+            f"{spec.cluster.num_workers} "
             f"workers may use {gigabytes(plan.worker_memory_bytes)}. {fewer}, or lower {LOWER[worst.name]}."
         )
     worst = max(plan.stages, key=lambda stage: stage.client_memory_bytes)
@@ -203,6 +230,14 @@ def _refuse_too_little_memory(spec: RunSpec, plan: Plan) -> None:
             f"{worst.name} needs {gigabytes(worst.client_memory_bytes)} in the process that runs it, this machine has "
             f"{gigabytes(psutil.virtual_memory().total)}. Lower data.{CLIENT_QUERIES[worst.name]}.rows or data.train.rows."
         )
+
+
+def _widest(plan: Plan, stage: str) -> str:
+    """Which group makes a task of a stage large, where its memory grows with the square of a group's features."""
+    if plan.kernel.basis != "vectors" or stage not in ("kernel", "self-influence"):
+        return ""
+    width, group = max(zip(plan.widths, plan.partition.groups, strict=True), key=lambda pair: pair[0])
+    return f" (group {group.name} has {width:,} features, whose Gram matrix is decomposed)"
 
 
 def _refuse_a_full_disk(spec: RunSpec, plan: Plan) -> None:

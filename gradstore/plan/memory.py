@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from gradstore.plan.contribute import READ_BYTES
+from gradstore.plan.contributions import ContributePlan, coefficient_bytes, span_bytes
+from gradstore.plan.full import full_influence_bytes
+from gradstore.plan.kernels import spectra_bytes, task_bytes
 from gradstore.plan.resolve import ModelShape
 from gradstore.plan.sizes import (
     AUTO_TOKEN_BUDGET,
-    ITEM_BYTES,
     RANKED_ROWS,
     SetPlan,
     Widths,
-    kernel_bundles,
     row_scale_bytes,
-    split,
 )
 from gradstore.spec import RunSpec
+
+if TYPE_CHECKING:
+    from gradstore.numerics.kernel import Kernel
 
 # Python, torch, transformers, pyarrow, zarr, distributed and the code of a model, as resident memory: 520 to 795 MiB once
 # SmolLM2-135M is loaded and none of its weights has been touched. It is mostly pages of shared libraries, of which a
@@ -42,8 +46,8 @@ STEP_TENSORS: Final = 4
 CHUNKS_AT_ONCE: Final = (4, 16)
 # Blocks whose rows' scales are held: those kept for reading (store/features/chunks.py), and one being written, twice.
 BLOCKS_OF_SCALES: Final = 6
-# Train features that a task of contribute reads at a time (stages/contribute.py).
-READ_BYTES: Final = 64 * 2**20
+# A chunk of self-influence under one damping, in float64 and as it is stored.
+INFLUENCE_BYTES: Final = 2**20
 # Text, words and BM25 index of one token of the corpus.
 TEXT_BYTES: Final = 40
 
@@ -65,6 +69,7 @@ class TaskMemory:
         self._spec = spec
         self._model = model
         self._groups = model.partition.groups
+        self._of_groups = widths
         self._widths = widths.stored
         self._full = widths.full
         self._components = widths.components
@@ -92,36 +97,44 @@ class TaskMemory:
         computed = PROCESS_BYTES + projectors + block + self._largest_of(lambda item: self._pass(tokens, item))
         return max(computed, self._find_components(tokens))
 
-    def kernel(self, train: SetPlan) -> int:
-        """Gram matrices of one bundle, the decomposition of its widest group, and blocks of single groups, read ahead.
+    def kernel(self, train: SetPlan, kernel: Kernel) -> int:
+        """What a bundle of groups sums up and makes of it (plan/kernels.py), and blocks of single groups, read ahead.
 
-        LAPACK's syevd works on a copy, with two more as workspace, and numpy copies the result out: 32 d^2 bytes beside the
-        matrix, and 4 d^2 for the eigenvectors that are kept. Those of later groups take less than the matrices they replace.
         A kernel of the mean of several members takes the sum of a group beside what is read; rank-c factors take their
         matrices, of one group, beside their own.
         """
-        bundles = split(self._full, kernel_bundles(self._full))
-        grams = max(sum(8 * width**2 for width in bundle) for bundle in bundles)
+        if not kernel.needs_spectra:
+            return 0
         rows = (1 + self._at_once) * 4 * train.block_rows * max(self._widths)
         rows += 4 * train.block_rows * max(self._full) if self._spec.kernel.members == "mean" else 0
         rows += 4 * train.block_rows * max(self._full) if self._full != self._widths else 0
-        return PROCESS_BYTES + self._weights + grams + 36 * max(self._full) ** 2 + rows + self._chunks([train])
+        return PROCESS_BYTES + self._weights + task_bytes(kernel, self._of_groups) + rows + self._chunks([train])
 
-    def contribute(self, train: SetPlan, queries: Sequence[SetPlan], *, spectra: bool) -> int:
-        """Queries of all sets, C of one block for all of them, and the features it is made from.
+    def self_influence(self, train: SetPlan, kernel: Kernel, groups: int, dampings: int) -> int:
+        """Spectra of as many consecutive groups, with rows that are rotated at once; and blocks of single groups, read ahead.
 
-        A span reads each block once for all query sets. While a set's C is encoded the others' is held. One bundle of groups
-        is read ahead.
+        Across groups it is what building the kernel takes, with features of one block, side by side, three times over.
         """
-        groups, item = len(self._groups), ITEM_BYTES[self._spec.contribute.dtype]
-        members = len(self._spec.model.etas)
-        held = members * sum(4 * planned.rows * sum(self._full) for planned in queries)
-        c_values = [planned.rows * train.block_rows * groups for planned in queries]
+        if not kernel.needs_spectra:
+            return PROCESS_BYTES + self._weights
+        beside = self.kernel(train, kernel) - task_bytes(kernel, self._of_groups)
+        beside += dampings * INFLUENCE_BYTES
+        if kernel.across_groups:
+            return beside + full_influence_bytes(self._spec, self._of_groups, train)
+        return beside + spectra_bytes(kernel, self._of_groups, groups)
+
+    def contribute(self, train: SetPlan, cut: ContributePlan, *, spectra: bool) -> int:
+        """What a span holds (plan/contributions.py), with the bundle of groups that is worked on and the one read ahead.
+
+        Queries are preconditioned in tasks of their own, before.
+        """
         widest = 4 * train.block_rows * max(self._full)
         read = 2 * min(READ_BYTES + widest, 4 * train.block_rows * sum(self._full))
-        read += 4 * train.block_rows * self._features if self._full != self._widths else 0
-        span = held + 4 * sum(c_values) + (4 + item) * max(c_values) + read + self._chunks([train])
-        return PROCESS_BYTES + self._weights + max(span, self._precondition(queries, spectra=spectra))
+        span = span_bytes(self._spec, cut, self._of_groups, train) + read + self._chunks([train])
+        before = self._precondition([shape.queries for shape in cut.queries.values()], spectra=spectra)
+        if cut.route is not None:
+            before = coefficient_bytes(self._spec, cut, self._of_groups, train) + self._chunks([train])
+        return PROCESS_BYTES + self._weights + max(span, before)
 
     def patch(self, train: SetPlan) -> int:
         """Weights, a copy to restore them from, their gradients, the step of the largest tensor, and one batch's tokens."""
@@ -135,22 +148,25 @@ class TaskMemory:
         steps = self._spec.learn.epochs * queries.rows
         return PROCESS_BYTES + a_tile * min(2, math.ceil(queries.rows / tile)) + 200 * steps
 
-    def rank(self, train: SetPlan, queries: SetPlan, tile: int, *, texts: bool) -> int:
-        """Two blocks of C, one also in float64, what is kept of it for two rankings of two sides, and any texts for BM25."""
-        groups = len(self._groups)
-        block = tile * train.block_rows * (16 * groups + 40)
-        kept = 3 * self.ranked_bytes(train, queries)
+    def rank(self, train: SetPlan, queries: SetPlan, tile: tuple[int, int], *, texts: bool) -> int:
+        """Two blocks of C, one also in float64, what is kept of it for two rankings of two sides, and any texts for BM25.
+
+        ``tile`` is the queries and groups of a block; of scores all queries, and one.
+        """
+        size, groups = tile
+        block = size * train.block_rows * (16 * groups + 40)
+        kept = 3 * self.ranked_bytes(train, queries, groups)
         tokens = train.rows * train.length + queries.rows * queries.length
         return PROCESS_BYTES + block + kept + (TEXT_BYTES * tokens if texts else 0)
 
-    def ranked_bytes(self, train: SetPlan, queries: SetPlan) -> int:
+    def ranked_bytes(self, train: SetPlan, queries: SetPlan, parts: int) -> int:
         """Rows, scores and parts of every query, under two weightings and on two sides; and of the two baselines."""
         kept = min(max(self._spec.score.k, RANKED_ROWS), train.rows)
-        return queries.rows * kept * (2 * 2 * (4 * len(self._groups) + 40) + 2 * 40)
+        return queries.rows * kept * (2 * 2 * (4 * parts + 40) + 2 * 40)
 
-    def _precondition(self, queries: Sequence[SetPlan], *, spectra: bool) -> int:
+    def _precondition(self, queries: Sequence[int], *, spectra: bool) -> int:
         """All groups of one set, before it is written, and the spectrum, if there is one, and rotated queries of one group."""
-        most, widest = max(planned.rows for planned in queries), max(self._full)
+        most, widest = max(queries), max(self._full)
         return 4 * most * sum(self._full) + (8 * widest**2 if spectra else 0) + 24 * most * widest
 
     def _tokens(self, sets: Sequence[SetPlan]) -> int:

@@ -35,7 +35,7 @@ ASSUMED_RATE = {"cpu": 1e11, "cuda": 2e14}
 BLOCK_MEMORY_SHARE = 0.25
 KERNEL_BUNDLES = 32
 BUNDLE_BYTES = 2**30
-CONTRIBUTION_CHUNK_BYTES = 32 * 2**20
+CONTRIBUTION_CHUNK_BYTES = 8 * 2**20, 32 * 2**20
 LEARNER_TILE_BYTES = 2 * 2**30
 BLOCK_OBJECTS = 3  # of a member: example part, statistics, commit record; the inputs come on top
 SET_OBJECTS = 3  # claim.0.json, set.0.json, and zarr.json of the set
@@ -81,12 +81,15 @@ class Widths:
         k_j, its features as they are stored.
     full
         Its features as kernels see them: of rank-c factors those of the matrices that they stand for.
+    sides
+        (r_o, r_i) of each of its parts, where features are matrices of them.
     components
         The pre-pass that the projection needs, if any.
     """
 
     stored: tuple[int, ...]
     full: tuple[int, ...]
+    sides: tuple[tuple[tuple[int, int], ...], ...]
     components: ComponentPlan | None = None
 
     @classmethod
@@ -98,7 +101,9 @@ class Widths:
         if isinstance(projection, Finishing):
             full = tuple(projection.summed_width(group) for group in groups)
         components = _component_plan(projection, groups) if projection.needs_matrices else None
-        return cls(stored=stored, full=full, components=components)
+        shapes = [[projection.shape(part) for part in group.parts] for group in groups]
+        sides = tuple(tuple(shape for shape in of if shape is not None) for of in shapes)
+        return cls(stored=stored, full=full, sides=sides, components=components)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,15 +232,6 @@ def block_tasks(blocks: Sequence[int], workers: int) -> list[Sequence[int]]:
     return split(blocks, max(TASKS_PER_WORKER * workers, math.ceil(len(blocks) / BLOCKS_PER_TASK)))
 
 
-def kernel_bundles(widths: Sequence[int]) -> int:
-    """Number of bundles of groups that a kernel is built in; the same whatever the number of workers.
-
-    Several bundles keep workers busy; a bundle's Gram matrices, in float64, take about BUNDLE_BYTES at most.
-    """
-    gram_bytes = sum(8 * width**2 for width in widths)
-    return min(len(widths), max(KERNEL_BUNDLES, math.ceil(gram_bytes / BUNDLE_BYTES)))
-
-
 def component_bundles(groups: Sequence[ParameterGroup]) -> list[list[str]]:
     """The parts of each task of the pre-pass for principal components: their second moments take about BUNDLE_BYTES.
 
@@ -284,10 +280,17 @@ def learner_tile(contributions: tuple[int, int, int]) -> int:
 
 
 def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: DtypeName) -> int:
-    """Queries in one chunk of C: at most CONTRIBUTION_CHUNK_BYTES, and no more than the learner holds at once."""
-    _, _, groups = contributions
-    by_chunk = CONTRIBUTION_CHUNK_BYTES // (groups * ITEM_BYTES[dtype] * block_rows)
-    return max(1, min(learner_tile(contributions), by_chunk))
+    """Queries in one chunk of C, in tiles of about as many: chunks are of 8 to 32 MiB where there are queries enough.
+
+    Between these it is about a multiple of what the learner holds at once, so that it reads little that it does not need.
+    """
+    queries, _, groups = contributions
+    a_query = groups * ITEM_BYTES[dtype] * block_rows
+    least, most = (max(1, size // a_query) for size in CONTRIBUTION_CHUNK_BYTES)
+    learned = learner_tile(contributions)
+    multiple = learned * math.ceil(least / learned)
+    tiles = math.ceil(queries / (multiple if multiple <= most and learned < queries else most))
+    return math.ceil(queries / tiles)
 
 
 def stored_dtype(set_name: str, features: FeaturesSection) -> DtypeName:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from gradstore.plan.contributions import contribute_stage, plan_contribute
+from gradstore.plan.kernels import kernel_bytes, kernel_objects, kernel_tasks
 from gradstore.plan.memory import TaskMemory
+from gradstore.plan.resolve import resolve_kernel
+from gradstore.plan.self_influence import influence_stage
 from gradstore.plan.sizes import (
-    BLOCKS_PER_WORKER,
     ITEM_BYTES,
     SetPlan,
     StagePlan,
     Widths,
     block_tasks,
-    kernel_bundles,
     learner_tile,
     query_tile,
     row_scale_bytes,
 )
 from gradstore.spec import RunSpec
 
-QUERY_SETS = ("learn", "eval")
 STORE_OBJECTS = 3  # gradstore.json, and zarr.json of the root and of features
 COMPONENT_OBJECTS = 5  # artifact.json, and zarr.json of projections, of this one and of its two folders
-KERNEL_OBJECTS = 4  # of a member: artifact.json, and zarr.json of the member and of its two folders
 TABLE_OBJECTS = 4  # artifact.json, commit record, and two tables or a table and a document
-METHODS = 3  # unweighted, learned and random rankings; where there are texts, BM25's too
 CHECKSUM_BYTES = 4
 
 
@@ -56,17 +54,25 @@ def stage_plans(
         Whether eval queries have texts, by which BM25 ranks.
     """
     train = sets["train"]
-    tiles = {
-        name: query_tile((sets[name].rows, train.rows, len(widths.full)), train.block_rows, spec.contribute.dtype)
-        for name in QUERY_SETS
-    }
+    cut = plan_contribute(spec, widths, sets)
+    influence = influence_stage(spec, widths, train, memory)
     return (
         _featurize(spec, widths, sets, memory),
-        _kernel(spec, widths.full, train, memory, spectra=spectra),
-        _contribute(spec, widths.full if spectra else widths.stored, sets, tiles, memory, spectra=spectra),
-        _learn(spec, widths.full, sets, learner_tile((sets["learn"].rows, train.rows, len(widths.full))), memory),
-        _score(spec, sets, tiles["eval"], memory, texts=texts),
+        _kernel(spec, widths, train, memory),
+        *([] if influence is None else [influence]),
+        contribute_stage(spec, cut, train, task_memory_bytes=memory.contribute(train, cut, spectra=spectra)),
+        *_later_stages(spec, len(widths.full), sets, memory, texts=texts),
     )
+
+
+def _later_stages(
+    spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory, *, texts: bool
+) -> Iterator[StagePlan]:
+    """What follows contribute: weights are learned and rows ranked where C is kept; scores alone are ranked as they are."""
+    if spec.contribute.mode == "tensor":
+        yield _learn(spec, groups, sets, memory)
+    if spec.contribute.mode != "streamed":
+        yield _score(spec, groups, sets, memory, texts=texts)
 
 
 def _featurize(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan], memory: TaskMemory) -> StagePlan:
@@ -96,79 +102,58 @@ def _set_bytes(widths: Sequence[int], planned: SetPlan) -> int:
     return planned.blocks * (planned.block_rows * a_row + CHECKSUM_BYTES * (len(widths) + (scales > 0)))
 
 
-def _kernel(spec: RunSpec, widths: Sequence[int], train: SetPlan, memory: TaskMemory, *, spectra: bool) -> StagePlan:
-    """For every kernel one task per bundle of groups; float64 eigenvalues and float32 eigenvectors of every group."""
-    members = len({spec.kernel.of_member(member) for member in spec.model.etas})
-    if not spectra:
-        return StagePlan(name="kernel", tasks=0, objects=members, written_bytes=0, task_memory_bytes=0)
-    bundles = kernel_bundles(widths)
+def _kernel(spec: RunSpec, widths: Widths, train: SetPlan, memory: TaskMemory) -> StagePlan:
+    """For every kernel one task per bundle of groups; one more sums the covariances of all parts, where they are needed."""
+    kernel, members = resolve_kernel(spec), len({spec.kernel.of_member(member) for member in spec.model.etas})
+    if kernel.across_groups:
+        from gradstore.plan.full import full_stage
+
+        return full_stage(spec, widths, train, memory.kernel(train, kernel))
     return StagePlan(
         name="kernel",
-        tasks=members * bundles,
+        tasks=members * kernel_tasks(kernel.basis, widths),
         # zarr.json of kernels and of this one, beside those of its members.
-        objects=members * (bundles + 4 * len(widths) + KERNEL_OBJECTS) + 2,
-        written_bytes=members * sum(4 * width**2 + 8 * width + 2 * CHECKSUM_BYTES for width in widths),
-        task_memory_bytes=memory.kernel(train),
+        objects=members * kernel_objects(kernel.basis, widths) + (0 if kernel.basis is None else 2),
+        written_bytes=members * kernel_bytes(kernel, widths),
+        task_memory_bytes=memory.kernel(train, kernel),
     )
 
 
-def _contribute(
-    spec: RunSpec,
-    widths: Sequence[int],
-    sets: Mapping[str, SetPlan],
-    tiles: Mapping[str, int],
-    memory: TaskMemory,
-    *,
-    spectra: bool,
-) -> StagePlan:
-    """One task per query set, and in float16 another that finds its scales; then one per span of blocks, for all sets."""
-    train, groups, half = sets["train"], len(widths), spec.contribute.dtype == "float16"
-    members = len(spec.model.etas)
-    objects, written = 2, 0  # zarr.json of queries and of contributions, and of the kernel in both
-    objects += 2
-    for name, tile in tiles.items():
-        queries, num_tiles = sets[name].rows, math.ceil(sets[name].rows / tile)
-        # zarr.json of the set; of each member artifact.json, commit record, zarr.json of it and of its folder, and array
-        # and chunk of each group.
-        objects += 1 + members * (4 + 2 * groups)
-        written += members * (4 * queries * sum(widths) + CHECKSUM_BYTES * groups)
-        # artifact.json, zarr.json of the set, of its folder and of C; the array of scales and its chunk.
-        objects += 4 + train.blocks * (1 + num_tiles) + (2 if half else 0)
-        chunk = tile * train.block_rows * groups * ITEM_BYTES[spec.contribute.dtype] + CHECKSUM_BYTES
-        written += train.blocks * num_tiles * chunk + (4 * queries + CHECKSUM_BYTES if half else 0)
-    return StagePlan(
-        name="contribute",
-        tasks=len(tiles) * (members + (1 if half else 0))
-        + min(train.blocks, BLOCKS_PER_WORKER * spec.cluster.num_workers),
-        objects=objects,
-        written_bytes=written,
-        task_memory_bytes=memory.contribute(train, [sets[name] for name in tiles], spectra=spectra),
-    )
+def _learn(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory) -> StagePlan:
+    """No task: C is streamed in the process that runs the command, under one damping after another.
 
-
-def _learn(
-    spec: RunSpec, widths: Sequence[int], sets: Mapping[str, SetPlan], tile: int, memory: TaskMemory
-) -> StagePlan:
-    """No task: C is streamed in the process that runs the command. Weights of every epoch, and a row for every step."""
+    Weights of every epoch, and a row for every step.
+    """
+    train, queries, kernels = sets["train"], sets["learn"], len(spec.sweep())
+    tile = learner_tile((queries.rows, train.rows, groups))
     return StagePlan(
         name="learn",
         tasks=0,
-        objects=TABLE_OBJECTS,
-        written_bytes=8 * len(widths) * (spec.learn.epochs + 1) + 32 * spec.learn.epochs * sets["learn"].rows,
+        objects=kernels * TABLE_OBJECTS,
+        written_bytes=kernels * (8 * groups * (spec.learn.epochs + 1) + 32 * spec.learn.epochs * queries.rows),
         task_memory_bytes=0,
-        client_memory_bytes=memory.learn(sets["train"], sets["learn"], tile),
+        client_memory_bytes=memory.learn(train, queries, tile),
     )
 
 
-def _score(spec: RunSpec, sets: Mapping[str, SetPlan], tile: int, memory: TaskMemory, *, texts: bool) -> StagePlan:
-    """Ranks in the process that runs the command; one tail-patch task per query."""
-    train, queries = sets["train"], sets["eval"]
+def _score(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory, *, texts: bool) -> StagePlan:
+    """Ranks in the process that runs the command, under one damping after another; one tail-patch task per query of each.
+
+    Rankings are unweighted and by weights that were learned or named, of every kernel; a random one, and where there are
+    texts that of BM25. Of scores there are no parts.
+    """
+    train, queries, kernels = sets["train"], sets["eval"], len(spec.sweep())
+    alone = spec.contribute.mode == "scores"
+    methods = 1 if alone and spec.contribute.weights is None else 2
     tasks = min(spec.score.tail_patch.queries, queries.rows)
+    shape = (queries.rows, train.rows, groups)
+    tile = queries.rows if alone else query_tile(shape, train.block_rows, spec.contribute.dtype)
+    columns, parts = (1, 0) if alone else (groups, groups)
     return StagePlan(
         name="score",
-        tasks=tasks,
-        objects=(METHODS + texts) * TABLE_OBJECTS,
-        written_bytes=memory.ranked_bytes(train, queries),
+        tasks=kernels * tasks,
+        objects=(kernels * methods + 1 + texts) * TABLE_OBJECTS,
+        written_bytes=kernels * memory.ranked_bytes(train, queries, parts),
         task_memory_bytes=memory.patch(train) if tasks else 0,
-        client_memory_bytes=memory.rank(train, queries, tile, texts=texts),
+        client_memory_bytes=memory.rank(train, queries, (tile, columns), texts=texts),
     )

@@ -1,4 +1,4 @@
-"""Reading C back: whole, and without the rows that are not valid."""
+"""Reading C back, or scores in its place: whole, and without the rows that are not valid."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradstore.errors import NotReadyError
-from gradstore.store.artifacts import ContributionArtifact
+from gradstore.stages.spectra import require_current
+from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact, ScoreMatrixArtifact
+from gradstore.store.artifacts.artifact import FOLDERS
 from gradstore.store.features import FeatureStore
+from gradstore.store.layout import RowBlocks
 from gradstore.store.read_ahead import read_ahead
 
 
@@ -31,8 +34,11 @@ class Contributions:
         Raises
         ------
         NotReadyError
-            If they are not whole.
+            If they are not whole, or were never kept.
+        ContractError
+            If they are stale: a set that they were made from has changed since.
         """
+        _refuse_streamed(store, kernel, set_name)
         artifact = ContributionArtifact.open(store.storage, kernel, set_name)
         missing = artifact.missing_blocks()
         if missing:
@@ -40,21 +46,12 @@ class Contributions:
                 f"contributions/{kernel}/{set_name}: {len(missing)} of {artifact.shape.num_blocks} blocks are missing. "
                 "Run `gradstore contribute` again: it computes those."
             )
-        valid: dict[int, np.ndarray] = {}
-        for member in store.open_set("train").info.members:
-            train = store.open_set("train", member)
-            for block in train.invalid_blocks():
-                mask = train.read_examples(["valid"], block=block)["valid"].to_numpy()
-                valid[block] = mask & valid.get(block, True)
-        return cls(artifact=artifact, valid=valid)
+        require_current(artifact, store)
+        return cls(artifact=artifact, valid=_valid_masks(store))
 
     def valid_rows(self) -> np.ndarray:
         """Numbers of the valid rows, ascending."""
-        shape = self.artifact.shape
-        valid_N = np.zeros(shape.rows, bool)
-        for block in range(shape.num_blocks):
-            valid_N[slice(*shape.block_range(block))] = self.valid.get(block, True)
-        return np.flatnonzero(valid_N)
+        return _valid_rows(self.artifact.shape, self.valid)
 
     def read_blocks(
         self, query_start: int, query_stop: int, buffers: Sequence[np.ndarray] = ()
@@ -80,3 +77,80 @@ class Contributions:
                 yield rows_N[self.valid[block]], c_QNM[:, self.valid[block]]
             else:
                 yield rows_N, c_QNM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreMatrix:
+    """Scores of one set of queries under given weights, whole; ``valid`` as in `Contributions`."""
+
+    artifact: ScoreMatrixArtifact
+    valid: Mapping[int, np.ndarray]
+
+    @classmethod
+    def open(cls, store: FeatureStore, name: str, set_name: str) -> ScoreMatrix:
+        """Open the scores of a set of queries; ``name`` is that of the kernel and of the weights, with a dot between.
+
+        Raises
+        ------
+        NotReadyError
+            If they are not whole.
+        ContractError
+            If they are stale: a set that they were made from has changed since.
+        """
+        artifact = ScoreMatrixArtifact.open(store.storage, name, set_name)
+        missing = artifact.missing_units()
+        if missing:
+            raise NotReadyError(
+                f"{artifact.folder}: {len(missing)} of {artifact.shape.num_blocks} blocks are missing. Run `gradstore "
+                "contribute` again: it computes those."
+            )
+        require_current(artifact, store)
+        return cls(artifact=artifact, valid=_valid_masks(store))
+
+    def valid_rows(self) -> np.ndarray:
+        """Numbers of the valid rows, ascending."""
+        return _valid_rows(self.artifact.shape, self.valid)
+
+    def read_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows [n] and scores [queries, n], block by block."""
+        for block in range(self.artifact.shape.num_blocks):
+            rows_N, s_QN = np.arange(*self.artifact.shape.block_range(block)), self.artifact.read(block)
+            valid_N = self.valid.get(block)
+            yield (rows_N, s_QN) if valid_N is None else (rows_N[valid_N], s_QN[:, valid_N])
+
+
+def _refuse_streamed(store: FeatureStore, kernel: str, set_name: str) -> None:
+    """Say so where C was built and not kept.
+
+    Raises
+    ------
+    NotReadyError
+        With the way out.
+    """
+    folders = FOLDERS["contributions"][0], FOLDERS["moments"][0]
+    if ContributionArtifact.find(store.storage, f"{folders[0]}/{kernel}/{set_name}") is not None:
+        return
+    moments = MomentsArtifact.find(store.storage, f"{folders[1]}/{kernel}/learn")
+    if moments is not None and moments.info.recorded["mode"] == "streamed":
+        raise NotReadyError(
+            f"contributions/{kernel}/{set_name}: contribute.mode = streamed keeps no C; set contribute.mode = tensor, then "
+            "run `gradstore contribute`."
+        )
+
+
+def _valid_masks(store: FeatureStore) -> dict[int, np.ndarray]:
+    """Of the blocks with rows that are not valid in some member, which rows are."""
+    valid: dict[int, np.ndarray] = {}
+    for member in store.open_set("train").info.members:
+        train = store.open_set("train", member)
+        for block in train.invalid_blocks():
+            mask = train.read_examples(["valid"], block=block)["valid"].to_numpy()
+            valid[block] = mask & valid.get(block, True)
+    return valid
+
+
+def _valid_rows(shape: RowBlocks, valid: Mapping[int, np.ndarray]) -> np.ndarray:
+    valid_N = np.zeros(shape.rows, bool)
+    for block in range(shape.num_blocks):
+        valid_N[slice(*shape.block_range(block))] = valid.get(block, True)
+    return np.flatnonzero(valid_N)

@@ -18,7 +18,7 @@ Stale = Mapping[str, Mapping[str, list[int]]]
 
 
 def status(store_url: str) -> dict[str, Any]:
-    """Plain values: feature sets, kernels, contributions, weights, scores and baselines of a store.
+    """Plain values: feature sets, kernels and everything that is made with them, and how the rankings do.
 
     Raises
     ------
@@ -33,8 +33,16 @@ def status(store_url: str) -> dict[str, Any]:
         "store": store.storage.url,
         "name": store.run["run"]["name"],
         "feature_sets": [_feature_set(store, name) for name in store.set_names()],
-        "kernels": [_progress(artifact, stale) for artifact in artifacts if artifact.kind == "kernel"],
-        "queries": [_progress(artifact, stale) for artifact in artifacts if artifact.kind == "queries"],
+        "kernels": [_progress(artifact, stale) for artifact in artifacts if artifact.kind in ("kernel", "full_kernel")],
+        **{
+            key: [_progress(artifact, stale) for artifact in artifacts if artifact.kind == kind]
+            for key, kind in (
+                ("queries", "queries"),
+                ("self_influence", "self_influence"),
+                ("moments", "moments"),
+                ("score_matrices", "score_matrix"),
+            )
+        },
         "contributions": [
             _contributions(artifact, stale) for artifact in artifacts if artifact.kind == "contributions"
         ],
@@ -68,6 +76,7 @@ def _feature_set(store: FeatureStore, name: str) -> dict[str, Any]:
 def _progress(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
     return {
         "name": artifact.name,
+        "path": artifact.path,
         "committed": artifact.committed,
         "total": artifact.total,
         "stale": stale.get(artifact.path, {}),
@@ -105,6 +114,7 @@ def _ranking(store: FeatureStore, artifact: ArtifactStatus, stale: Stale) -> dic
     kept = ("mean", "low", "high", "queries", "k", "optimizer", "learning_rate")
     return {
         "name": artifact.name,
+        "path": artifact.path,
         "method": summary["method"],
         "kernel": summary["kernel"],
         "weights": summary.get("weights"),
@@ -131,10 +141,18 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
         parts.add_row(
             f"features/{row['name']}", str(row["blocks"]["committed"]), str(row["blocks"]["total"]), f"{what}; blocks"
         )
-    for kind, unit in (("kernels", "bundles"), ("contributions", "blocks"), ("weights", ""), ("scores", "")):
+    for kind, unit in (
+        ("kernels", "bundles"),
+        ("self_influence", "chunks"),
+        ("contributions", "blocks"),
+        ("moments", "spans"),
+        ("score_matrices", "blocks"),
+        ("weights", ""),
+        ("scores", ""),
+    ):
         for row in found[kind]:
             what = f"{unit}; stale, see `gradstore prune`" if row["stale"] else unit
-            parts.add_row(f"{kind}/{row['name']}", str(row["committed"]), str(row["total"]), what)
+            parts.add_row(row["path"], str(row["committed"]), str(row["total"]), what)
     figures = Table("ranking", title="rankings of the eval queries", title_justify="left")
     for column in ("precision@10", "tail-patch %"):
         figures.add_column(column, justify="right")

@@ -10,12 +10,21 @@ A store holds
     features/<set>/{examples,statistics}/<member>/<block>.parquet
     features/<set>/blocks/<member>/<block>.<generation>.json   commit records
     projections/<name>/{left,right}/<part>            Zarr arrays [r, O] and [r, I]
-    kernels/<name>/<member>/{eigenvalues,eigenvectors}/<group> Zarr arrays [d] and [d, d]
+    kernels/<kind>/<member>/{eigenvalues,eigenvectors}/<group> Zarr arrays [d] and [d, d]
+    kernels/ekfac/<member>/{left,right}/<part>        Zarr arrays [r_o, r_o] and [r_i, r_i]
+    full-kernels/<route>/<member>/spectrum/{eigenvalues,rotation} Zarr arrays [r] and [p, r]
+    full-kernels/<route>/<member>/basis/<group>       Zarr array [d, p]
+    full-kernels/<route>/<member>/coordinates/<member> Zarr array [examples, p]
+    partials/<of>/<member>/<phase>/sums/values        Zarr array [parts, rows, columns], while a kernel is being built
+    self-influence/<kernel>/<member>/values/tau       Zarr array [examples, groups]
     queries/<kernel>/<set>/<member>/features/<group>  Zarr array [queries, features]
+    queries/<kernel>/<set>/<member>/values/{self,coefficients} Zarr arrays [queries, groups] and [queries, groups, p]
     contributions/<kernel>/<set>/values/c             Zarr array [queries, examples, groups]
+    moments/<kernel>/<set>/values/{second_moments,candidates,rows} Zarr arrays [spans, queries, ...]
+    score-matrices/<kernel>.<weights>/<set>/values/s  Zarr array [queries, examples]
     weights/<name>/{weights,trajectory}.parquet
     scores/<name>/{proponents.parquet,summary.json}
-and in the folder of each artifact, which are the last six,
+and in the folder of each artifact, which are all but the feature sets,
     artifact.json                                     settings and number of units, of the first creator
     commits/<hash of artifact.json>/<unit>.<generation>.json   commit records
 """

@@ -22,7 +22,7 @@ import torch
 from numcodecs import blosc
 
 from gradstore.numerics.factors import expand
-from gradstore.numerics.kernel import Block, Identity, Kernel, spectrum, update_gram
+from gradstore.numerics.kernel import Block, GramSum, Identity, Kernel, spectrum
 from gradstore.numerics.projection.lorif import factorised
 from gradstore.store.dtypes import DTYPES, Rounding, nearest_scale
 from gradstore.store.features import FeatureSet, FeatureStore
@@ -138,9 +138,11 @@ def scores(kind: str, train: Features, queries: Features) -> np.ndarray:
     """Scores [Q, N]: the sum over groups of <K_j psi_q, phi_n>."""
     kernel, total = KERNELS[kind], np.zeros(())
     for group, rows in train.items():
-        gram = np.zeros((rows.shape[1], rows.shape[1]))
-        update_gram(gram, rows)
-        found = kernel.precondition(queries[group], *spectrum(gram)) if kernel.needs_spectra else queries[group]
+        found = queries[group]
+        if kernel.damped_by is not None:
+            gram = GramSum(rows.shape[1])
+            gram.add(rows)
+            found = spectrum(gram.total()).precondition(found, kernel.damped_by)
         total = total + found.astype(np.float64) @ rows.T
     return total
 

@@ -15,13 +15,16 @@ from gradstore.cli import main
 from gradstore.cluster import Engine
 from gradstore.errors import ContractError, DataError, SpecError
 from gradstore.spec import RunSpec, read_spec
+from gradstore.stages.contribute import contribute
 from gradstore.stages.delete import Query, delete
 from gradstore.stages.featurize import featurize
 from gradstore.stages.kernel import build_kernel
+from gradstore.stages.learn import learn
 from gradstore.stages.progress import Progress
 from gradstore.stages.prune import prune
 from gradstore.stages.report import report
 from gradstore.stages.run import STAGES
+from gradstore.stages.score import score
 from gradstore.stages.status import status
 from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact
 from gradstore.store.features import FeatureSet, FeatureStore, is_finished
@@ -90,15 +93,15 @@ def test_a_grown_set_is_appended_when_that_is_asked_for_and_what_is_made_from_it
         for name, rows in now.read_block(block).items():
             np.testing.assert_array_equal(rows, values[name])
     found = status(grown.run.store)
-    assert [row["stale"] for kind in ("kernels", "contributions", "weights", "scores") for row in found[kind]] == [
-        {"train/m0": new}
-    ] * 6
+    assert [
+        row["stale"] for kind in ("kernels", "contributions", "moments", "weights", "scores") for row in found[kind]
+    ] == [{"train/m0": new}] * 7
     told = f"blocks {', '.join(map(str, new))} of train/m0 were appended.*gradstore prune {grown.run.store} --stale"
     with pytest.raises(ContractError, match=told):
         build_kernel(grown, ENGINE, QUIET)
 
     removed = prune(grown.run.store, [], stale=True, dry_run=False)["removed"]
-    assert len(removed) == 1 + 2 + 2 + 1 + 4
+    assert len(removed) == 1 + 2 + 2 + 1 + 1 + 4
     run_all(grown)
     check_scores(grown)
     # Asked again for the grown data, with or without --append, nothing is left to do.
@@ -147,12 +150,15 @@ def test_a_deleted_example_takes_no_part_in_anything_made_anew(finished: RunSpec
     assert all(places == {"train/m0": blocks} for places in done["stale"].values())
     assert "contributions/block/eval" in done["stale"]
     # Of the learn and eval sets nothing was asked, and baselines rank the train set too.
-    assert len(done["stale"]) == 1 + 2 + 2 + 1 + 4
+    assert len(done["stale"]) == 1 + 2 + 2 + 1 + 1 + 4
     after = opened(finished).read_block(0)
     for name, rows in after.items():
         assert np.isnan(rows[3]).all()
         np.testing.assert_array_equal(np.delete(rows, 3, 0), np.delete(before[name], 3, 0))
 
+    for stage in (contribute, learn, score):
+        with pytest.raises(ContractError, match=r"is stale: blocks .* of train/m0 were appended, erased or repaired"):
+            stage(finished, ENGINE, QUIET)
     prune(finished.run.store, [], stale=True, dry_run=False)
     run_all(finished)
     check_scores(finished)

@@ -16,7 +16,7 @@ from gradstore.cluster import Engine
 from gradstore.plan.resolve import make_adapter
 from gradstore.spec import RunSpec, read_spec
 from gradstore.stages.progress import Progress
-from gradstore.stages.run import STAGES
+from gradstore.stages.run import stages_of
 from gradstore.stages.score.tail_patch import examples_at, patch_query
 from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact, WeightsArtifact
 from gradstore.store.features import FeatureStore
@@ -85,7 +85,7 @@ def run(folder: Path, name: str, changes: Mapping[str, Mapping[str, Any]], *, gl
         # One kind of kernel does not take the options of another.
         tables[table] = dict(values) if table == "kernel" else {**tables.get(table, {}), **values}
     spec = read_spec(write_run(folder / f"{name}.toml", tables))
-    for stage in STAGES:
+    for stage in stages_of(spec):
         stage(spec, cast(Engine, InThisProcess()), Progress(quiet=True))
     return spec
 
@@ -235,3 +235,20 @@ def test_images_without_captions_are_not_ranked_by_words(folder: Path) -> None:
     storage = FeatureStore.open(spec.run.store).storage
 
     assert sorted(storage.list_folders("scores")) == ["baseline.random", "block.learned", "block.unweighted"]
+
+
+def test_scores_under_given_weights_rank_as_the_tensor_does_and_nothing_is_learned(folder: Path) -> None:
+    without: dict[str, dict[str, Any]] = {"score.tail_patch": {"queries": 0}}
+    spec = run(folder, "scored", without)
+    changes = {**without, "kernel": {**KERNEL, "name": "again"}, "contribute": {"mode": "scores", "weights": "learned"}}
+
+    run(folder, "scored", changes)
+
+    storage = FeatureStore.open(spec.run.store).storage
+    assert storage.list_folders("weights") == ["learned"]
+    assert storage.list_folders("contributions") == ["block"]
+    for name in ("unweighted", "learned"):
+        found, expected = (ScoresArtifact.open(storage, f"{kernel}.{name}").read() for kernel in ("again", "block"))
+        np.testing.assert_allclose(found["score"].to_numpy(), expected["score"].to_numpy(), rtol=1e-4)
+        assert found["example"].to_pylist() == expected["example"].to_pylist()
+        assert set(map(len, found["parts"].to_pylist())) == {0}

@@ -75,12 +75,12 @@ def test_verify_as_json_tells_all_that_it_looked_at(run: Run, store: Path) -> No
     assert found["full"] is True
     assert found["objects"] == len(everything)
     assert found["bytes"] == sum(map(len, everything.values()))
-    assert found["blocks"] == {"committed": 8, "missing": 1, "broken": 0}
+    assert found["blocks"] == {"committed": 14, "missing": 1, "broken": 0}
     assert found["problems"] == []
     assert found["orphans"]["objects"] == 4
     assert found["seconds"] > 0
     # Those of committed blocks, and tables of inputs.
-    assert "verify: 41/41 objects" in told
+    assert "verify: 47/47 objects" in told
     assert run("verify", store, "--quiet")[2] == ""
 
 
@@ -97,7 +97,7 @@ def test_damage_is_named_with_its_remedy_and_ends_with_code_10(run: Run, store: 
     code, found, _ = run("verify", store, "--full", "--json")
     assert code == 10
     assert [(problem["kind"], problem["path"]) for problem in found["problems"]] == [("wrong bytes", CHUNK)]
-    assert found["blocks"] == {"committed": 7, "missing": 1, "broken": 1}
+    assert found["blocks"] == {"committed": 13, "missing": 1, "broken": 1}
 
 
 def test_repair_takes_back_what_is_broken_and_says_what_computes_it_anew(run: Run, store: Path) -> None:
@@ -170,7 +170,7 @@ def test_gc_removes_what_is_older_than_the_grace_time(run: Run, store: Path) -> 
     code, out, _ = run("gc", store)
     assert code == 0
     assert files(store) == before
-    assert "4 (6,365 bytes) younger than 86,400 s: kept" in out
+    assert "4 (6,594 bytes) younger than 86,400 s: kept" in out
     two_days_ago = time.time() - 2 * 86_400
     for path in before:
         os.utime(store / path, (two_days_ago, two_days_ago))
@@ -179,7 +179,7 @@ def test_gc_removes_what_is_older_than_the_grace_time(run: Run, store: Path) -> 
     assert files(store) == before
     code, found, _ = run("gc", store, "--json")
     assert code == 0
-    assert found["orphans"] == tried["orphans"] == {"objects": 4, "bytes": 6365}
+    assert found["orphans"] == tried["orphans"] == {"objects": 4, "bytes": 6594}
     assert found["temporary"] == tried["temporary"] == {"objects": 1, "bytes": 15}
     assert found["unknown"]["objects"] == 1
     assert found["fenced"] == [{"name": "features/learn/m0", "block": 1}]
@@ -205,7 +205,7 @@ def test_stat_counts_every_object_once(run: Run, store: Path) -> None:
     assert (found["objects"], found["bytes"]) == (len(everything), sum(map(len, everything.values())))
     parts = [*found["feature_sets"], *found["artifacts"]]
     outside = [path for path in everything if path.count("/") < 2 or path == "kernels/block/zarr.json"]
-    outside += ["contributions/block/zarr.json"]
+    outside += ["contributions/block/zarr.json", "self-influence/block/zarr.json"]
     assert sum(part["objects"] for part in parts) == len(everything) - len(set(outside))
     train = next(item for item in found["feature_sets"] if item["name"] == "train")
     inside = {path: data for path, data in everything.items() if path.startswith("features/train/")}
@@ -229,6 +229,7 @@ def test_stat_says_which_part_is_damaged(run: Run, store: Path) -> None:
     assert {item["path"]: item["health"] for item in found["artifacts"]} == {
         "contributions/block/eval": "complete",
         "kernels/block/m0": "damaged",
+        "self-influence/block/m0": "complete",
     }
     assert found["health"] == "damaged"
     _, table, _ = run("stat", store)

@@ -170,6 +170,7 @@ def test_running_again_computes_nothing(finished: Path) -> None:
     assert "48 done earlier" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_same_run_on_s3_ends_in_the_same_numbers(finished: Path, seaweed: S3Server, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(finished.parent / "model")
     run = make_run(tmp_path, seaweed.url("whole"), ONE_WORKER)
@@ -194,6 +195,7 @@ def test_the_same_run_on_s3_ends_in_the_same_numbers(finished: Path, seaweed: S3
         assert weights[0].equals(weights[1])
 
 
+@pytest.mark.slow
 def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_the_same_bits(
     finished: Path, tmp_path: Path
 ) -> None:

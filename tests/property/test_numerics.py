@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradstore.groups import Grouping
-from gradstore.numerics.contributions import contributions
+from gradstore.numerics.contributions import group_products
 from gradstore.numerics.gradients import FeatureExtractor
-from gradstore.numerics.kernel import update_gram
+from gradstore.numerics.kernel import GramSum
 from gradstore.numerics.learner import LearnerSettings, learn_weights
 from gradstore.numerics.projection import Logra
 from tests.networks import language_case, language_outputs, sequences
@@ -31,6 +31,14 @@ class Language:
     def features(self, tokens: Tensor, mask: Tensor) -> Tensor:
         found = self.extractor(lambda: language_outputs(self.model, tokens, mask), examples=len(tokens))
         return torch.stack(list(found.features.values()), 1)
+
+
+def contributions(queries: dict[str, np.ndarray], rows: dict[str, np.ndarray], groups: list[str]) -> np.ndarray:
+    """C [Q, N, M] of some groups, in their order."""
+    shape = len(queries[groups[0]]), len(groups), len(rows[groups[0]])
+    portion = np.empty(shape, np.float32)
+    group_products([queries[group] for group in groups], [rows[group] for group in groups], portion)
+    return np.ascontiguousarray(portion.transpose(0, 2, 1))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -61,20 +69,20 @@ def test_pieces_of_rows_never_change_gram_contributions_or_weights(cuts: list[in
     queries = {group: draw.standard_normal((3, 6)).astype(np.float32) for group in groups}
     bounds = [0, *sorted(cuts), 40]
     pieces = [slice(start, stop) for start, stop in pairwise(bounds)]
-    whole_gram, gram = np.zeros((6, 6)), np.zeros((6, 6))
+    whole_gram, gram = GramSum(6), GramSum(6)
     whole_c = contributions(queries, rows, groups)
     learner = LearnerSettings(k=4, epochs=3, learning_rate=0.05)
 
-    update_gram(whole_gram, rows["a"])
+    whole_gram.add(rows["a"])
     for piece in pieces:
-        update_gram(gram, rows["a"][piece])
+        gram.add(rows["a"][piece])
     parts = [contributions(queries, {name: rows[name][piece] for name in groups}, groups) for piece in pieces]
     whole = learn_weights(lambda query: [whole_c[query]], num_queries=3, num_groups=3, settings=learner)
     found = learn_weights(
         lambda query: (whole_c[query, piece] for piece in pieces), num_queries=3, num_groups=3, settings=learner
     )
 
-    np.testing.assert_allclose(gram, whole_gram, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gram.total(), whole_gram.total(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole_c, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.weights, whole.weights, rtol=1e-12)
     np.testing.assert_allclose(found.losses, whole.losses, rtol=1e-12)

@@ -36,11 +36,20 @@ def test_a_block_of_python_runs_beside_the_demo(demo: Path, page: str, code: str
 
 @pytest.mark.parametrize(("page", "code"), blocks("sh"))
 def test_a_command_that_is_shown_exists(page: str, code: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for line in filter(None, (text.partition("#")[0].strip() for text in code.splitlines())):
         program, *arguments = line.split()
         if program == "make":
             assert set(arguments) <= targets, f"{page}: {line}"
+        elif program == "dask":
+            shown = subprocess.run(
+                [Path(sys.executable).parent / "dask", arguments[0], "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            options = [word for word in arguments if word.startswith("--")]
+            assert all(option in shown.stdout for option in options), f"{page}: {line}"
         else:
             assert program == "gradstore", f"{page}: {line}"
             assert gradstore(arguments[0], "--help").returncode == 0, f"{page}: {line}"
@@ -48,9 +57,9 @@ def test_a_command_that_is_shown_exists(page: str, code: str) -> None:
 
 def test_every_command_is_documented() -> None:
     shown = gradstore("--help").stdout
-    commands = re.findall(r"^  (\w+)  ", shown[shown.index("Commands:") :], re.MULTILINE)
+    commands = re.findall(r"^  ([\w-]+)  ", shown[shown.index("Commands:") :], re.MULTILINE)
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert len(commands) == 18
+    assert len(commands) == 20
     for command in commands:
         assert re.search(rf"(`|gradstore ){command}\b", text), command
 

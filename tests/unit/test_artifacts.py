@@ -20,7 +20,9 @@ from gradstore.store.artifacts import (
     ContributionShape,
     KernelArtifact,
     QueryArtifact,
+    QueryShape,
     ScoresArtifact,
+    SpectraShape,
     WeightsArtifact,
     list_artifacts,
 )
@@ -47,7 +49,9 @@ def spectrum(width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_kernel(storage: Storage, name: str = "block", **changes: Any) -> KernelArtifact:
-    return KernelArtifact.create(storage, name, "m0", settings={**SETTINGS, **changes}, widths=WIDTHS, bundles=BUNDLES)
+    return KernelArtifact.create(
+        storage, name, "m0", settings={**SETTINGS, **changes}, shape=SpectraShape(widths=WIDTHS), bundles=BUNDLES
+    )
 
 
 def write_bundle(kernel: KernelArtifact, bundle: int) -> None:
@@ -83,7 +87,9 @@ def test_spectra_read_back_bundle_by_bundle(storage: Storage) -> None:
 
 
 def test_a_kernel_without_spectra_is_complete_when_created(storage: Storage) -> None:
-    kernel = KernelArtifact.create(storage, "identity", "m0", settings={"kind": "identity"}, widths={}, bundles=())
+    kernel = KernelArtifact.create(
+        storage, "identity", "m0", settings={"kind": "identity"}, shape=SpectraShape(widths={}), bundles=()
+    )
     assert kernel.is_complete()
     assert KernelArtifact.open(storage, "identity", "m0").settings["kind"] == "identity"
 
@@ -91,7 +97,12 @@ def test_a_kernel_without_spectra_is_complete_when_created(storage: Storage) -> 
 def test_bundles_of_the_first_creation_win(storage: Storage) -> None:
     make_kernel(storage)
     again = KernelArtifact.create(
-        storage, "block", "m0", settings=SETTINGS, widths=WIDTHS, bundles=[[group] for group in WIDTHS]
+        storage,
+        "block",
+        "m0",
+        settings=SETTINGS,
+        shape=SpectraShape(widths=WIDTHS),
+        bundles=[[group] for group in WIDTHS],
     )
     assert again.bundles == [list(bundle) for bundle in BUNDLES]
     assert again.info.num_units == 2
@@ -129,8 +140,12 @@ def test_the_way_out_of_other_settings_is_a_key_that_names_the_artifact_or_pruni
     def create(settings: dict[str, Any]) -> None:
         shape = ContributionShape(queries=2, rows=2, groups=("g",), block_rows=2, query_tile=2)
         creators: dict[str, Callable[[], object]] = {
-            "kernel": lambda: KernelArtifact.create(storage, "a", "m0", settings=settings, widths={}, bundles=()),
-            "queries": lambda: QueryArtifact.create(storage, "a", ("b", "m0"), settings=settings, queries=1, widths={}),
+            "kernel": lambda: KernelArtifact.create(
+                storage, "a", "m0", settings=settings, shape=SpectraShape(widths={}), bundles=()
+            ),
+            "queries": lambda: QueryArtifact.create(
+                storage, "a", ("b", "m0"), settings=settings, shape=QueryShape(queries=1, groups=("g",), widths={})
+            ),
             "contributions": lambda: ContributionArtifact.create(storage, "a", "b", settings=settings, shape=shape),
             "weights": lambda: WeightsArtifact.create(storage, "a", settings=settings),
             "scores": lambda: ScoresArtifact.create(storage, "a", settings=settings),
@@ -207,15 +222,20 @@ def test_a_name_that_is_no_folder_name_is_refused(storage: Storage) -> None:
 
 def test_queries_read_back(storage: Storage) -> None:
     features = {group: np.random.default_rng(width).random((6, width), np.float32) for group, width in WIDTHS.items()}
-    made = QueryArtifact.create(storage, "block", ("eval", "m0"), settings=SETTINGS, queries=6, widths=WIDTHS)
+    rng = np.random.default_rng(0)
+    selves, coefficients = rng.random((6, 3)), rng.random((6, 3, 5), np.float32)
+    shape = QueryShape(queries=6, groups=tuple(WIDTHS), widths=WIDTHS, coefficients=5)
+    made = QueryArtifact.create(storage, "block", ("eval", "m0"), settings=SETTINGS, shape=shape)
     with pytest.raises(NotReadyError, match="queries/block/eval/m0: part 0 of 1 is not committed"):
         made.read_all()
-    made.write(features, facts={})
+    made.write(features, selves, coefficients, facts={})
     opened = QueryArtifact.open(storage, "block", ("eval", "m0"))
     found = opened.read_all()
     assert list(found) == list(WIDTHS)
     for group, values in features.items():
         np.testing.assert_array_equal(found[group], values)
+    np.testing.assert_array_equal(opened.read_self(), selves)
+    np.testing.assert_array_equal(opened.read_coefficients(1, 5), coefficients[1:5])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -16,8 +16,8 @@ from tests.runs import gradstore, make_run
 ROOT = Path(__file__).parents[2]
 Invoke = Callable[..., tuple[int, str, str]]
 COMMANDS = (
-    *("init", "plan", "doctor", "featurize", "kernel", "contribute", "learn", "score", "report", "run", "status"),
-    *("export", "delete", "prune", "verify", "repair", "gc", "stat"),
+    *("init", "plan", "doctor", "featurize", "kernel", "self-influence", "contribute", "learn"),
+    *("score", "report", "run", "status", "export", "delete", "prune", "verify", "repair", "gc", "stat", "synth"),
 )
 
 
@@ -99,7 +99,11 @@ def test_plan_as_a_table_says_what_is_skipped(invoke: Invoke) -> None:
             "features.projection.kind: is missing; accepted: dense, fact-sjlt",
         ),
         ({"learn": {"k": 49}}, 2, "learn.k: found 49; accepted: at most the 48 rows of data.train"),
-        ({"kernel": {"kind": "full"}}, 2, "kernel.kind: found 'full'; accepted: block, identity"),
+        (
+            {"kernel": {"kind": "fisher"}},
+            2,
+            "kernel.kind: found 'fisher'; accepted: block, diagonal, ekfac, full, identity",
+        ),
         ({"kernel": {"dampnig": 1.0}}, 2, "kernel.dampnig: unknown key; accepted for block: damping, mode"),
         ({"kernel": {"damping": 0.0}}, 2, "kernel.damping: found 0.0"),
         ({"features.groups": {"include": "nothing"}}, 2, "no parameter group is left"),

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from gradstore.errors import IntegrityError, NotReadyError, SupersededError
-from gradstore.store.artifacts import QueryArtifact, remove_artifact
+from gradstore.store.artifacts import QueryArtifact, QueryShape, remove_artifact
 from gradstore.store.backend import Storage, open_storage
 from gradstore.store.blocks import publish_object
 from gradstore.store.codecs import encode_document
@@ -174,15 +174,16 @@ def test_an_attempt_that_dies_while_it_replaces_anothers_objects_leaves_nothing_
 def test_an_attempt_of_an_artifact_that_was_pruned_and_made_anew_counts_for_nothing(storage: Storage) -> None:
     def made(damping: float) -> QueryArtifact:
         settings = {"kernel": {"damping": damping}}
-        return QueryArtifact.create(storage, "block", ("eval", "m0"), settings=settings, queries=2, widths={"a": 2})
+        shape = QueryShape(queries=2, groups=("a",), widths={"a": 2})
+        return QueryArtifact.create(storage, "block", ("eval", "m0"), settings=settings, shape=shape)
 
     old = made(0.1)
     remove_artifact(storage, "queries/block/eval/m0")
     new = made(0.2)
     with pytest.raises(SupersededError, match=r"queries/block/eval/m0: was pruned while it was being written"):
-        old.write({"a": np.zeros((2, 2), np.float32)}, facts={})
+        old.write({"a": np.zeros((2, 2), np.float32)}, np.zeros((2, 1)), facts={})
     assert not new.is_complete()
-    new.write({"a": np.ones((2, 2), np.float32)}, facts={})
+    new.write({"a": np.ones((2, 2), np.float32)}, np.ones((2, 1)), facts={})
     np.testing.assert_array_equal(new.read("a"), 1)
     # Nor does a reader that opened the old one get numbers of the new.
     with pytest.raises(NotReadyError):

@@ -189,7 +189,7 @@ def test_a_quick_check_lists_once_and_reads_documents_alone() -> None:
     assert all(path.endswith(".json") or "/scale/" in path for path in storage.read_paths)
     # A record is read once, and of every unit only the newest.
     records = [path for path in storage.read_paths if "/blocks/" in path or "/commits/" in path]
-    assert len(records) == len(set(records)) == 9
+    assert len(records) == len(set(records)) == 15
 
 
 def test_an_object_that_the_disk_cannot_read_is_named_and_the_others_are_checked(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,21 +13,22 @@ import numpy as np
 import psutil
 import pytest
 
-from gradstore.cluster import Engine
+from gradstore.cluster import Engine, Task
 from gradstore.errors import ResourceError
 from gradstore.numerics.kernel import spectrum
 from gradstore.plan import FILE_BYTES, Plan, make_plan
-from gradstore.plan.memory import BLOCKS_OF_SCALES, CHUNKS_AT_ONCE, READ_BYTES
+from gradstore.plan.memory import BLOCKS_OF_SCALES, CHUNKS_AT_ONCE
 from gradstore.plan.sizes import RANKED_ROWS, StagePlan, learner_tile, query_tile
-from gradstore.plan.stages import QUERY_SETS
-from gradstore.spec import read_spec
-from gradstore.stages import contribute as contribute_stage
+from gradstore.spec import KernelSection, RunSpec, read_spec
 from gradstore.stages.kernel import build_bundle
 from gradstore.stages.progress import Progress
 from gradstore.stages.run import STAGES
 from gradstore.stages.score.stage import PRECISION_K
-from gradstore.store.artifacts import KernelArtifact
+from gradstore.stages.self_influence import self_influence
+from gradstore.stages.synth import SynthSettings, make_folder
+from gradstore.store.artifacts import KernelArtifact, SpectraShape
 from gradstore.store.backend import open_storage
+from gradstore.store.dtypes import DtypeName
 from gradstore.store.features import FeatureStore
 from gradstore.store.features.chunks import KEPT_SCALES
 from tests.runs import InThisProcess, make_run
@@ -76,9 +79,118 @@ def test_a_run_writes_the_objects_and_array_bytes_that_were_planned(
     assert plan.to_json()["objects"] == len(seen)
 
 
+TWO = [{"name": "early", "eta": 0.5}, {"name": "late"}]
+SCORES = {"mode": "scores"}
+RELATIF = {"normalize": "relatif"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "contribute", "members"),
+    [
+        ({"kind": "block"}, {"second_moments": False}, []),
+        ({"kind": "block", "damping": [0.1, 1.0]}, {"mode": "streamed", "dtype": "float16"}, []),
+        ({"kind": "block", "damping": [0.1, 1.0]}, SCORES, TWO),
+        ({"kind": "block", "members": "mean"}, {"normalize": "cosine"}, TWO),
+        ({"kind": "diagonal", "damping": [0.1, 1.0, 10.0]}, {"normalize": "cosine"}, []),
+        ({"kind": "ekfac"}, RELATIF, TWO),
+        ({"kind": "identity"}, {"normalize": "cosine"}, []),
+        ({"kind": "full", "route": "primal"}, RELATIF, []),
+        ({"kind": "full", "route": "dual", "damping": [0.1, 1.0]}, {"dtype": "float16", **RELATIF}, []),
+        ({"kind": "full", "route": "low_rank", "rank": 8, "members": "mean"}, {}, TWO),
+        ({"kind": "full"}, {"mode": "streamed"}, []),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(len(value)),
+)
+def test_every_kernel_and_mode_has_the_tasks_objects_and_array_bytes_that_were_planned(
+    tmp_path: Path, kernel: dict[str, Any], contribute: dict[str, Any], members: list[dict[str, Any]]
+) -> None:
+    values = make_folder(synthetic(tmp_path, 4, 16)).model_dump()
+    values["model"] |= {"members": members}
+    spec = RunSpec.model_validate({**values, "kernel": kernel, "contribute": contribute})
+    plan, engine = make_plan(spec), CountingEngine()
+    seen: set[Path] = set()
+    for planned in plan.stages:
+        engine.tasks = 0
+        PLANNED_STAGES[planned.name](spec, cast(Engine, engine), Progress(quiet=True))
+        written = {path for path in (tmp_path / "store").rglob("*") if path.is_file()} - seen
+        seen |= written
+        assert (len(written), engine.tasks) == (planned.objects, planned.tasks), planned.name
+        if planned.name not in ("learn", "score"):
+            chunks = sum(path.stat().st_size for path in written if path.name.startswith("c."))
+            assert chunks == planned.written_bytes, planned.name
+        assert planned.task_memory_bytes > 0 or planned.tasks == 0
+
+
+class CountingEngine(InThisProcess):
+    """Counts the tasks that it runs."""
+
+    tasks = 0
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        for done in super().run(tasks):
+            self.tasks += 1
+            yield done
+
+
+PLANNED_STAGES: dict[str, Callable[[RunSpec, Engine, Progress], None]] = {
+    "featurize": STAGES[0],
+    "kernel": STAGES[1],
+    "self-influence": self_influence,
+    "contribute": STAGES[2],
+    "learn": STAGES[3],
+    "score": STAGES[4],
+}
+
+
+def synthetic(folder: Path, groups: int, features: int) -> SynthSettings:
+    """A synthetic run of 96 rows in blocks of 16, and 11 queries."""
+    return SynthSettings(
+        folder=folder,
+        store=None,
+        rows=96,
+        queries=6,
+        learn_queries=5,
+        groups=groups,
+        features=features,
+        topics=3,
+        contributors=2,
+        noisy=0.5,
+        seed=1,
+        dtype="float16",
+        block_rows=16,
+        kernel="block",
+        workers=2,
+        memory_per_worker="4GiB",
+    )
+
+
+def test_a_wide_group_is_refused_by_name_with_the_ways_out(tmp_path: Path) -> None:
+    spec = make_folder(replace(synthetic(tmp_path, 2, 128 * 128), kernel="diagonal"))
+    with pytest.raises(ResourceError) as raised:
+        make_plan(spec.model_copy(update={"kernel": KernelSection(kind="block")}))
+    told = str(raised.value)
+    assert "one task of kernel needs" in told
+    assert "(group layers.0.q_proj has 16,384 features, whose Gram matrix is decomposed)" in told
+    for way in ("rank", '"diagonal"', '"ekfac"', '"full" with kernel.route = "low_rank"', "cluster.memory_per_worker"):
+        assert way in told
+    for kind in ("diagonal", "ekfac"):
+        make_plan(spec.model_copy(update={"kernel": KernelSection(kind=kind)}))
+    low = KernelSection(kind="full", options={"route": "low_rank", "rank": 16})
+    make_plan(spec.model_copy(update={"kernel": low}))
+
+
+def test_the_route_of_the_full_kernel_and_its_reason_are_told() -> None:
+    spec = read_spec(REFERENCE)
+    full = KernelSection(kind="full", options={"rank": 64})
+    notes = make_plan(spec.model_copy(update={"kernel": full})).notes
+    (route,) = (note for note in notes if note.startswith("full kernel: "))
+    assert route.startswith(
+        "full kernel: low_rank: 99,642 rows of 917,504 features: the Gram matrix of 99,642 x 99,642 takes 438 GB"
+    )
+    assert route.endswith("of a worker: rank 80")
+
+
 def test_what_the_plan_repeats_of_other_layers_is_what_they_say(tmp_path: Path) -> None:
-    assert READ_BYTES == contribute_stage.READ_BYTES
-    assert QUERY_SETS == contribute_stage.QUERY_SETS
     assert RANKED_ROWS == PRECISION_K
     assert BLOCKS_OF_SCALES == KEPT_SCALES + 2
     assert CHUNKS_AT_ONCE[0] == open_storage(str(tmp_path)).concurrency
@@ -135,8 +247,10 @@ def test_contribute_counts_the_queries_of_both_sets(spectra: str) -> None:
     both, one = make_plan(spec), make_plan(spec.model_copy(update={"data": fewer}))
     more = stages_of(both)["contribute"].task_memory_bytes - stages_of(one)["contribute"].task_memory_bytes
     block_rows, groups = both.sets["train"].block_rows, len(both.widths)
-    assert more == 499 * 4 * (both.features + block_rows * groups)
-    assert stages_of(both)["kernel"].tasks == (32 if spectra == "block" else 0)
+    # C of two blocks; products of a tile of rows are as many bytes whatever the queries.
+    assert more == pytest.approx(499 * 4 * (both.features + 2 * block_rows * groups), rel=1e-4)
+    # A bundle's Gram matrices take 1 GiB, each with the rows of its next product.
+    assert stages_of(both)["kernel"].tasks == (42 if spectra == "block" else 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
@@ -209,7 +323,12 @@ def test_a_bundle_of_groups_is_stored_as_decomposed_one_by_one(tiny_run: Path, t
     train, made = store.open_set("train"), KernelArtifact.open(store.storage, "block", "m0")
     names = [array.name for array in train.info.arrays]
     artifact = KernelArtifact.create(
-        store.storage, "three", "m0", settings={}, widths=dict.fromkeys(names, 16), bundles=[names[:3], names[3:]]
+        store.storage,
+        "three",
+        "m0",
+        settings={"kind": "block"},
+        shape=SpectraShape(widths=dict.fromkeys(names, 16)),
+        bundles=[names[:3], names[3:]],
     )
     assert build_bundle(spec.run.store, "three", "m0", 0) == 3
     for name in names[:3]:
@@ -225,9 +344,14 @@ def stages_of(plan: Plan) -> dict[str, StagePlan]:
     return {stage.name: stage for stage in plan.stages}
 
 
+@pytest.mark.parametrize("rows", [256, 1024, 4096])
+@pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("float16", 2)])
+def test_chunks_of_contributions_are_of_8_to_32_mebibytes(rows: int, dtype: DtypeName, item: int) -> None:
+    tile = query_tile((500, 100_000, 224), rows, dtype)
+    assert 8 * 2**20 <= tile * rows * 224 * item <= 32 * 2**20
+
+
 def test_the_learner_visits_queries_in_the_same_tiles_however_c_is_stored() -> None:
     shape = (500, 100_000, 224)
     assert learner_tile(shape) == 2 * 2**30 // (4 * 100_000 * 224)
-    chunks = {query_tile(shape, rows, dtype) for rows in (256, 1024) for dtype in ("float32", "float16")}
-    assert all(1 <= tile <= learner_tile(shape) for tile in chunks)
     assert learner_tile((60, 400, 210)) == 60

@@ -308,10 +308,18 @@ def test_no_blocks_and_no_groups_are_read_as_nothing(url: str) -> None:
 def test_memory_is_told_from_blocks_bundles_and_threads(url: str) -> None:
     opened = written(url, dtype="float16")
     chunk = 2 * 4 * 6 + 4
-    assert BlockReader([opened]).memory_bytes == 2 * (4 * 4 * 12) + 4 * chunk
-    assert BlockReader([opened], ahead=0).memory_bytes == 4 * 4 * 12 + 4 * chunk
+    # Groups of 6, 4 and 2 float32 features in blocks of 4 rows, each from a cache line on.
+    widest, block = 128, 128 + 64 + 64
+    assert BlockReader([opened]).memory_bytes == 2 * block + 4 * chunk
+    assert BlockReader([opened], ahead=0).memory_bytes == block + 4 * chunk
     by_group = [[group] for group in stores.GROUPS]
-    assert BlockReader([opened], by_group, ahead=2).memory_bytes == 3 * (4 * 4 * 6) + 4 * chunk
+    assert BlockReader([opened], by_group, ahead=2).memory_bytes == 3 * widest + 4 * chunk
+
+
+def test_chunks_of_float32_are_read_where_they_are_worked_on(url: str) -> None:
+    opened = written(url, dtype="float32")
+    # With the four bytes of their checksums.
+    assert BlockReader([opened]).memory_bytes == 2 * (128 + 128 + 64)
 
 
 def assert_is_block(feature_set: FeatureSet, piece: Piece) -> None:

@@ -89,6 +89,11 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
     if kernel is not None and kernel not in kernels:
         raise SpecError(f"--kernel: found {kernel!r}; {store.storage.url} has scores of: {', '.join(kernels)}.")
     rankings = [row for row in finished if row["kernel"] == (kernel or kernels[0])]
+    if rankings[0]["kernel"] not in {row["kernel"] for row in found["contributions"]}:
+        raise NotReadyError(
+            f"{store.storage.url}: of the kernel {rankings[0]['kernel']} there are scores alone, without the parts that a "
+            'report shows. Set contribute.mode = "tensor", then run `gradstore run`.'
+        )
     # Without weights first: it is what the others are compared with.
     rankings.sort(key=lambda row: (row["weights"] is not None, row["name"]))
     baselines = [row for row in found["baselines"] if row["committed"] == row["total"]]

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from gradstore.cluster import Engine
-from gradstore.errors import NotReadyError
-from gradstore.numerics.scores import Ranked, Ranking
+from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
-from gradstore.stages.contributions import Contributions
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import bm25, random_rows
+from gradstore.stages.score.sources import Method, Ranks, Source, open_source, weighted_methods
 from gradstore.stages.score.tail_patch import LOG_PROBABILITIES, tail_patches
-from gradstore.store.artifacts import ScoresArtifact, WeightsArtifact
+from gradstore.store.artifacts import ScoresArtifact
 from gradstore.store.features import FeatureSet, FeatureStore
 
-UNWEIGHTED = "unweighted"
 PRECISION_K = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """One way to rank: a kernel with or without weights, or a baseline (kernel None)."""
-
-    name: str
-    kernel: str | None = None
-    weights: str | None = None
-
-    @property
-    def artifact(self) -> str:
-        """Name of its artifact below ``scores``."""
-        return f"{self.kernel or 'baseline'}.{self.name}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """Proponents of every query, and the opponents where a method has them."""
-
-    proponents: Ranked
-    opponents: Ranked | None = None
 
 
 def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     """Write the rankings that the store does not hold yet, with precision by label and tail-patch of each.
+
+    Of a damping sweep every kernel has its own.
 
     Raises
     ------
@@ -57,23 +34,27 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         If scores of these names were made otherwise.
     """
     store = FeatureStore.open(spec.run.store)
-    contributions = Contributions.open(store, spec.kernel.name, "eval")
-    _weights(store, spec.learn.name)
+    for swept in spec.sweep():
+        _score(swept, store, engine, progress)
+
+
+def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progress) -> None:
+    """Rank under one kernel of a sweep."""
     train, queries = store.open_set("train"), store.open_set("eval")
     methods = [
-        Method(name=UNWEIGHTED, kernel=spec.kernel.name),
-        Method(name=spec.learn.name, kernel=spec.kernel.name, weights=spec.learn.name),
+        *weighted_methods(spec),
         # Images without captions have no words to compare.
         *([Method(name="bm25")] if any(_texts(queries)) else []),
         Method(name="random"),
     ]
-    artifacts = {method: _create(spec, store, contributions, method) for method in methods}
+    source = open_source(spec, store)
+    artifacts = {method: _create(spec, store, source, method) for method in methods}
     artifacts = {method: artifact for method, artifact in artifacts.items() if not artifact.is_complete()}
     if not artifacts:
         return
-    valid = contributions.valid_rows(), _valid_queries(store)
+    valid = source.valid_rows(), _valid_queries(store)
     keep = min(max(spec.score.k, PRECISION_K), len(valid[0]))
-    ranks = _rank_by_scores(store, contributions, [*artifacts], keep, progress)
+    ranks = source.rank([*artifacts], keep, progress)
     ranks |= _rank_by_baselines(spec, [*artifacts], (train, valid[0]), queries, keep)
     patches = {}
     if store.contract["model"]["output"] in LOG_PROBABILITIES:
@@ -94,7 +75,7 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         artifact.write(_table(found), summary, facts={"queries": queries.info.rows})
 
 
-def _create(spec: RunSpec, store: FeatureStore, contributions: Contributions, method: Method) -> ScoresArtifact:
+def _create(spec: RunSpec, store: FeatureStore, source: Source, method: Method) -> ScoresArtifact:
     settings: dict[str, Any] = {
         "method": method.name,
         "k": spec.score.k,
@@ -103,76 +84,8 @@ def _create(spec: RunSpec, store: FeatureStore, contributions: Contributions, me
         "eval": store.describe("eval"),
     }
     if method.kernel is not None:
-        settings["contributions"] = dict(contributions.artifact.settings)
-    if method.weights is not None:
-        settings["weights"] = dict(_weights(store, method.weights).settings)
+        settings |= source.settings(method)
     return ScoresArtifact.create(store.storage, method.artifact, settings=settings)
-
-
-def _weights(store: FeatureStore, name: str) -> WeightsArtifact:
-    artifact = WeightsArtifact.open(store.storage, name)
-    if not artifact.is_complete():
-        raise NotReadyError(f"weights/{name}: not learned to the end. Run `gradstore learn` again.")
-    return artifact
-
-
-def _rank_by_scores(
-    store: FeatureStore,
-    contributions: Contributions,
-    methods: Sequence[Method],
-    keep: int,
-    progress: Progress,
-) -> dict[Method, Ranks]:
-    """Rank under every weight vector in one read of C."""
-    shape = contributions.artifact.shape
-    vectors = {}
-    for method in methods:
-        if method.weights is not None:
-            vectors[method] = np.asarray(_weights(store, method.weights).read()["weight"].to_numpy(), np.float64)
-        elif method.kernel is not None:
-            vectors[method] = np.full(len(shape.groups), 1 / len(shape.groups))
-    if not vectors:
-        return {}
-    parts: dict[Method, list[Ranks]] = {method: [] for method in vectors}
-    with progress.stage("score", shape.num_tiles * shape.rows, "rows") as advance:
-        for first in range(0, shape.queries, shape.query_tile):
-            last = min(first + shape.query_tile, shape.queries)
-            for method, ranks in _rank_tile(contributions, (first, last), vectors, keep, advance).items():
-                parts[method].append(ranks)
-    return {method: _joined(tiles) for method, tiles in parts.items()}
-
-
-def _rank_tile(
-    contributions: Contributions,
-    queries: tuple[int, int],
-    vectors: Mapping[Method, np.ndarray],
-    keep: int,
-    advance: Callable[[int], None],
-) -> dict[Method, Ranks]:
-    shape = contributions.artifact.shape
-    size, groups = queries[1] - queries[0], len(shape.groups)
-    rankings = {method: Ranking(num_queries=size, num_groups=groups, k=keep) for method in vectors}
-    buffers = [np.empty((size, shape.block_rows, groups), np.float32) for _ in range(2)]
-    for rows_N, c_QNM in contributions.read_blocks(*queries, buffers):
-        for method, ranking in rankings.items():
-            ranking.update(c_QNM, vectors[method], rows_N)
-        advance(len(rows_N))
-    return {
-        method: Ranks(proponents=ranking.proponents(), opponents=ranking.opponents())
-        for method, ranking in rankings.items()
-    }
-
-
-def _joined(tiles: Sequence[Ranks]) -> Ranks:
-    def join(ranked: Sequence[Ranked]) -> Ranked:
-        return Ranked(
-            rows=np.concatenate([part.rows for part in ranked]),
-            scores=np.concatenate([part.scores for part in ranked]),
-            parts=np.concatenate([part.parts for part in ranked]),
-        )
-
-    opponents = [tile.opponents for tile in tiles if tile.opponents is not None]
-    return Ranks(proponents=join([tile.proponents for tile in tiles]), opponents=join(opponents))
 
 
 def _rank_by_baselines(

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import DataError
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
+from gradstore.store.artifacts.rounding import ContributionDtype, QueryRounding
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import in_parallel
+from gradstore.store.blocks import ObjectEntry, in_parallel
 from gradstore.store.codecs import Payload, encode_chunk
-from gradstore.store.commits import Record
-from gradstore.store.dtypes import DTYPES, Rounding
+from gradstore.store.commits import Attempt, Record
+from gradstore.store.dtypes import Rounding
 from gradstore.store.layout import ArrayLayout, RowBlocks, chunk_path
 
 # In a folder of their own, which then holds nothing but arrays: xarray opens it without a warning.
 _ARRAY = "values/c"
-_SCALE = "values/scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class ContributionShape(RowBlocks):
     queries: int
     groups: tuple[str, ...]
     query_tile: int
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: ContributionDtype = "float32"
 
     @property
     def num_tiles(self) -> int:
@@ -101,11 +101,7 @@ class ContributionArtifact(Artifact):
         ContractError
             If the artifact is there with other settings.
         """
-        if scales is None:
-            assert shape.dtype == "float32", "float16 contributions need a scale for every query"
-            scales = np.ones(shape.queries, np.float32)
-        assert scales.shape == (shape.queries,)
-        assert (np.frexp(scales)[0] == 0.5).all(), "scales must be powers of two"
+        rounding = QueryRounding.of(shape.dtype, scales, shape.queries)
         values = asdict(shape)
         info = ArtifactInfo(
             kind=cls.kind,
@@ -113,7 +109,7 @@ class ContributionArtifact(Artifact):
             settings={**settings, "shape": {name: values[name] for name in ("queries", "rows", "gaps", "groups")}},
             recorded={
                 "shape": {name: values[name] for name in ("block_rows", "query_tile", "dtype")},
-                "scales": scales.tolist(),
+                "scales": rounding.scales.tolist(),
             },
         )
         made = cls._create(storage, (kernel, feature_set), info)
@@ -134,14 +130,19 @@ class ContributionArtifact(Artifact):
         return ContributionShape(**{**values, "groups": tuple(values["groups"]), "gaps": gaps})
 
     @cached_property
+    def rounding(self) -> QueryRounding:
+        """How contributions are rounded: as the first creation chose."""
+        scales = np.array(self.info.recorded["scales"], np.float32)
+        return QueryRounding.of(self.shape.dtype, scales, self.shape.queries)
+
+    @property
     def scales(self) -> npt.NDArray[np.float32]:
         """What the stored values of every query are multiplied by, [queries]; ones for float32."""
-        return np.array(self.info.recorded["scales"], np.float32)
+        return self.rounding.scales
 
     def arrays(self) -> dict[str, ArrayLayout]:
         """See `Artifact.arrays`."""
-        scaled = self.shape.dtype == "float16"
-        return {_ARRAY: self.shape.layout(), **({_SCALE: _scale_layout(self.shape.queries)} if scaled else {})}
+        return {_ARRAY: self.shape.layout(), **self.rounding.layouts()}
 
     def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
         """See `Artifact.unit_objects`."""
@@ -150,9 +151,7 @@ class ContributionArtifact(Artifact):
 
     def scale_chunks(self) -> dict[str, Payload]:
         """Chunks of ``values/scale``, by path: known from artifact.json, so that no record names them."""
-        if self.shape.dtype != "float16":
-            return {}
-        return {chunk_path(_SCALE, 0): encode_chunk(self.scales, _scale_layout(self.shape.queries))}
+        return self.rounding.chunks()
 
     def write_block(self, block: int, contributions: npt.NDArray[np.float32], *, facts: Mapping[str, Any]) -> Record:
         """Write and commit a block: float32 [queries, rows of the block, groups].
@@ -169,14 +168,20 @@ class ContributionArtifact(Artifact):
                 f"{self.storage.url}/{self.folder}: block {block}: found {contributions.dtype} "
                 f"{list(contributions.shape)}; the artifact takes float32 {list(wanted)}."
             )
-        encoded = in_parallel(
-            lambda tile: self._encode_tile(contributions, tile),
-            range(self.shape.num_tiles),
-            threads=self.storage.concurrency,
-        )
-        payloads = {chunk_path(_ARRAY, tile, block, 0): payload for tile, (payload, _) in enumerate(encoded)}
-        lost = sum((rounding for _, rounding in encoded), Rounding())
-        return self._write_unit(block, payloads, {**facts, "saturated": lost.saturated, "flushed": lost.flushed})
+        writer = self.begin_block(block)
+        if writer is None:
+            return self._record(block)
+        stored = contributions
+        if self.shape.dtype != "float32":
+            stored = np.empty(wanted, self.rounding.stored_dtype)
+            writer.lost += self.rounding.encode(0, contributions, stored)
+        writer.put(0, stored)
+        return writer.commit(facts)
+
+    def begin_block(self, block: int) -> BlockWriter | None:
+        """Begin an attempt at a block, whose query tiles are then written one after another; None if it is committed."""
+        attempt = self._begin(block)
+        return None if attempt is None else BlockWriter(self, block, attempt)
 
     def missing_blocks(self) -> list[int]:
         """Blocks that are not committed, in order."""
@@ -220,14 +225,17 @@ class ContributionArtifact(Artifact):
         for block in range(self.shape.num_blocks):
             yield self.read(query_start, query_stop, block, out)
 
-    def _encode_tile(self, contributions: npt.NDArray[np.float32], tile: int) -> tuple[Payload, Rounding]:
-        first = tile * self.shape.query_tile
-        values = contributions[first : first + self.shape.query_tile]
-        dtype, rounding = DTYPES[self.shape.dtype], Rounding()
-        stored = np.empty(values.shape, dtype.numpy_dtype)
-        for index, scale in enumerate(self.scales[first : first + len(values)]):
-            rounding += dtype.encode(values[index], float(scale), stored[index])
-        return encode_chunk(stored, self.shape.layout()), rounding
+    def publish_tiles(
+        self, attempt: Attempt, block: int, first: int, stored: npt.NDArray[Any]
+    ) -> dict[str, ObjectEntry]:
+        """Publish whole query tiles of a block, as they are stored; return their entries."""
+        size, layout = self.shape.query_tile, self.shape.layout()
+        assert first % size == 0, "queries are written in whole tiles"
+        payloads = {
+            chunk_path(_ARRAY, (first + start) // size, block, 0): encode_chunk(stored[start : start + size], layout)
+            for start in range(0, len(stored), size)
+        }
+        return self._publish(attempt, payloads)
 
     def _read_tile(self, record: Record, tile: int, query_start: int, out: npt.NDArray[np.float32]) -> None:
         layout = self.shape.layout()
@@ -237,10 +245,34 @@ class ContributionArtifact(Artifact):
         end = min(first + self.shape.query_tile, query_start + len(out), self.shape.queries)
         with self._buffers.borrow(layout.buffer_bytes) as buffer:
             stored = self._read_into(record, path, layout, buffer)
-            for query in range(begin, end):
-                source, target = stored[query - first, : out.shape[1]], out[query - query_start]
-                DTYPES[self.shape.dtype].decode(source, float(self.scales[query]), target)
+            into = out[begin - query_start : end - query_start]
+            self.rounding.decode(begin, stored[begin - first : end - first, : out.shape[1]], into)
 
 
-def _scale_layout(queries: int) -> ArrayLayout:
-    return ArrayLayout(shape=(queries,), chunk_shape=(queries,), dtype="float32", dimension_names=("query",))
+class BlockWriter:
+    """Writes a block of C in portions of whole query tiles, as they are stored, and commits it when all are there.
+
+    Attributes
+    ----------
+    lost
+        What rounding has lost, for the record: whoever rounds adds to it.
+    """
+
+    def __init__(self, artifact: ContributionArtifact, block: int, attempt: Attempt) -> None:
+        self._artifact = artifact
+        self._block = block
+        self._attempt = attempt
+        self._entries: dict[str, ObjectEntry] = {}
+        self.lost = Rounding()
+
+    def put(self, first: int, stored: npt.NDArray[Any]) -> None:
+        """Write the queries from ``first`` on: [queries, rows of the block, groups] of the stored type, in whole tiles."""
+        self._entries |= self._artifact.publish_tiles(self._attempt, self._block, first, stored)
+
+    def commit(self, facts: Mapping[str, Any]) -> Record:
+        """Commit the block; see `Artifact` for what is raised where it was taken back."""
+        assert len(self._entries) == self._artifact.shape.num_tiles, (
+            "a block is committed when all of its tiles are there"
+        )
+        counts = {"saturated": self.lost.saturated, "flushed": self.lost.flushed}
+        return self._attempt.commit(self._entries, {**facts, **counts})

@@ -133,6 +133,19 @@ class FeatureChunks:
 
         in_parallel(read_group, into, threads=self._storage.concurrency)
 
+    @property
+    def are_as_they_read(self) -> bool:
+        """Whether the bytes of a chunk are the float32 numbers that it reads as, before its checksum."""
+        return self._info.dtype == "float32" and self._info.compression == "none"
+
+    def read_in_place(self, record: Record, name: str, memory: npt.NDArray[np.uint8]) -> None:
+        """Read a group of a committed block, whose chunks are as they read, to the beginning of a chunk's memory.
+
+        It raises what `read` does.
+        """
+        assert self.are_as_they_read, "chunks are converted"
+        self._read_into(record, self._path(name, record.unit), self._layout(name), memory)
+
     def read_as_they_are(self, block: int, into: Features) -> dict[str, str]:
         """Read groups of a block that no record speaks for, each chunk sound in itself; return its crc32c, by path.
 

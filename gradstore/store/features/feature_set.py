@@ -220,6 +220,18 @@ class FeatureSet:
         self._chunks.read(record, into)
         return into
 
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether `read_in_place` can be asked for: chunks hold the float32 numbers that they read as."""
+        return self._chunks.are_as_they_read
+
+    def read_in_place(self, block: int, name: str, memory: npt.NDArray[np.uint8]) -> None:
+        """Read a group of a committed block to the beginning of memory that holds a whole chunk: float32 [rows, k_j].
+
+        It saves the copy that `read_block` makes, and raises what that does.
+        """
+        self._chunks.read_in_place(self._record(block), name, memory)
+
     def read_half_erased(
         self, of: Record, erased: Sequence[int]
     ) -> tuple[dict[str, npt.NDArray[np.float32]], pa.Table]:
@@ -270,6 +282,13 @@ class FeatureSet:
             valid[slice(*self.info.block_range(block))] = mask
         return valid
 
+    def valid_in(self, block: int) -> npt.NDArray[np.bool_] | None:
+        """Which rows of a committed block are of a valid example; None where all are, which its record tells."""
+        if not self._record(block).facts["nan_rows"]:
+            return None
+        mask: npt.NDArray[np.bool_] = self.read_examples(["valid"], block=block)["valid"].to_numpy()
+        return mask
+
     def read_column(self, name: str) -> list[Any]:
         """Return a column of the example table by row, [rows]: None where a row is in a gap or its block not committed."""
         table = self.read_examples(["row", name])
@@ -282,9 +301,9 @@ class FeatureSet:
         """Return the example table, or some of its columns, of one committed block or of all, in the order of rows."""
         return self._read_parts("examples", lambda data: decode_table(data, columns), block)
 
-    def read_statistics(self) -> pa.Table:
-        """Return the statistics of the committed blocks, in the order of blocks."""
-        return self._read_parts("statistics", decode_table, None)
+    def read_statistics(self, columns: Sequence[str] | None = None, *, block: int | None = None) -> pa.Table:
+        """Return the statistics, or some of their columns, of one committed block or of all, in the order of blocks."""
+        return self._read_parts("statistics", lambda data: decode_table(data, columns), block)
 
     @property
     def _where(self) -> str:

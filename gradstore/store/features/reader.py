@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradstore.store.alignment import aligned, lines
 from gradstore.store.features.chunks import KEPT_SCALES
 from gradstore.store.features.feature_set import FeatureSet
 from gradstore.store.read_ahead import read_ahead
@@ -63,19 +64,23 @@ class BlockReader:
         self._bundles = [list(self._widths)] if bundles is None else [list(bundle) for bundle in bundles]
         self._num_buffers = ahead + 1
         self._threads = self._sets[0].storage.concurrency
-        widths = (sum(self._widths[name] for name in bundle) for bundle in self._bundles)
-        self._buffer_shape = info.block_rows, max(widths, default=0)
+        self._in_place = self._sets[0].reads_in_place
+        chunks = {array.name: info.array_layout(array).buffer_bytes for array in info.arrays}
+        numbers = {name: 4 * info.block_rows * width for name, width in self._widths.items()}
+        # Bytes of every group's part of a buffer.
+        self._parts = {name: lines((chunks if self._in_place else numbers)[name]) for name in chunks}
+        self._buffer_bytes = max((sum(self._parts[name] for name in bundle) for bundle in self._bundles), default=0)
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the buffers: those of the pieces, and a chunk for each thread as it is stored, with its rows' scales."""
+        """Bytes of the buffers: those of the pieces, and, where it is converted, a chunk for each thread, with its rows' scales."""
         info = self._sets[0].info
         read = {name for bundle in self._bundles for name in bundle}
         chunks = [info.array_layout(array).buffer_bytes for array in info.arrays if array.name in read]
         scales = info.scales_layout()
         kept = 0 if scales is None else KEPT_SCALES * len(self._sets) * scales.buffer_bytes
-        rows, width = self._buffer_shape
-        return self._num_buffers * 4 * rows * width + self._threads * max(chunks, default=0) + kept
+        converted = 0 if self._in_place else self._threads * max(chunks, default=0)
+        return self._num_buffers * self._buffer_bytes + converted + kept
 
     def read(self, blocks: Iterable[int]) -> Generator[Piece, None, None]:
         """Stream the pieces: block by block, in a block bundle by bundle, and each bundle as one set after another has it.
@@ -93,7 +98,7 @@ class BlockReader:
         records = _Records(blocks)
         places = range(len(records.blocks))
         steps = ((place, bundle, each) for place in places for bundle in self._bundles for each in self._sets)
-        buffers = [np.empty(self._buffer_shape, np.float32).reshape(-1) for _ in range(self._num_buffers)]
+        buffers = [aligned(self._buffer_bytes, np.uint8) for _ in range(self._num_buffers)]
         return read_ahead(steps, buffers, partial(self._begin, records), threads=self._threads)
 
     def _begin(
@@ -101,22 +106,26 @@ class BlockReader:
         records: _Records,
         pool: ThreadPoolExecutor,
         step: tuple[int, Sequence[str], FeatureSet],
-        buffer: npt.NDArray[np.float32],
+        buffer: npt.NDArray[np.uint8],
     ) -> Callable[[], Piece]:
         place, bundle, feature_set = step
         block = records.blocks[place]
         start, stop = feature_set.info.block_range(block)
-        rows, first = {}, 0
+        rows, memory, first = {}, {}, 0
         for name in bundle:
-            last = first + (stop - start) * self._widths[name]
-            rows[name] = buffer[first:last].reshape(stop - start, self._widths[name])
-            first = last
+            memory[name] = buffer[first : first + self._parts[name]]
+            numbers = memory[name][: 4 * (stop - start) * self._widths[name]]
+            rows[name] = numbers.view(np.float32).reshape(stop - start, self._widths[name])
+            first += self._parts[name]
         record = records.of(pool, place, feature_set)
 
         def read(name: str) -> None:
             # The pool takes its tasks in order, so this one was begun before: the wait ends with a single thread too.
             record.result()
-            feature_set.read_block(block, [name], rows)
+            if self._in_place:
+                feature_set.read_in_place(block, name, memory[name])
+            else:
+                feature_set.read_block(block, [name], rows)
 
         futures: list[Future[Any]] = [record, *(pool.submit(read, name) for name in bundle)]
 

@@ -8,10 +8,15 @@ from typing import Final
 
 from gradstore.store.artifacts import (
     ContributionArtifact,
+    FullKernelArtifact,
     KernelArtifact,
     MatricesArtifact,
+    MomentsArtifact,
+    PartialsArtifact,
     QueryArtifact,
+    ScoreMatrixArtifact,
     ScoresArtifact,
+    SelfInfluenceArtifact,
     WeightsArtifact,
 )
 from gradstore.store.artifacts.artifact import Artifact
@@ -25,8 +30,13 @@ ARTIFACTS: Final[Mapping[str, type[Artifact]]] = {
     for made in (
         MatricesArtifact,
         KernelArtifact,
+        FullKernelArtifact,
+        PartialsArtifact,
+        SelfInfluenceArtifact,
         QueryArtifact,
         ContributionArtifact,
+        MomentsArtifact,
+        ScoreMatrixArtifact,
         WeightsArtifact,
         ScoresArtifact,
     )

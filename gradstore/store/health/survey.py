@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError, SpecError
-from gradstore.store.artifacts import ContributionArtifact
+from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact
 from gradstore.store.artifacts.artifact import FOLDERS, VERBS, Artifact
 from gradstore.store.backend import ObjectInfo, Storage
 from gradstore.store.blocks import ObjectEntry
@@ -289,7 +289,7 @@ def _survey_artifact(survey: Survey, folder: str) -> None:
     survey.artifacts[folder] = artifact
     survey.ledgers.append(ledger_of_artifact(artifact))
     _expect_metadata(survey, {f"{folder}/{place}": layout for place, layout in arrays.items()})
-    if isinstance(artifact, ContributionArtifact):
+    if isinstance(artifact, ContributionArtifact | MomentsArtifact):
         for place, payload in artifact.scale_chunks().items():
             survey.metadata[f"{folder}/{place}"].append(b"".join(payload.parts))
 

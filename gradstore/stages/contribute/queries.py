@@ -1,0 +1,212 @@
+"""Preconditioned queries: one task writes those of a (set, member), and workers stack those of all sets and dampings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradstore.errors import ContractError, SupersededError
+from gradstore.plan.resolve import resolve_kernel
+from gradstore.spec import RunSpec
+from gradstore.stages.contribute.rows import query_factor
+from gradstore.stages.reading import full_rows, full_width
+from gradstore.stages.spectra import open_spectra, read_spectrum
+from gradstore.store.alignment import aligned
+from gradstore.store.artifacts import KernelArtifact, QueryArtifact, QueryShape, WeightsArtifact
+from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore
+
+if TYPE_CHECKING:
+    from gradstore.numerics.kernel import Damping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One C: of a query set, under one kernel of a sweep; or its scores, under ``weights`` (None: the same for all groups)."""
+
+    kernel: str
+    set_name: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slab:
+    """Some queries of a target, ``first`` to ``last``, that are worked on together with those of other slabs."""
+
+    target: Target
+    first: int
+    last: int
+
+    @property
+    def queries(self) -> int:
+        """How many."""
+        return self.last - self.first
+
+
+def run_of(spec: RunSpec, kernel: str) -> RunSpec:
+    """Return the run of a sweep whose kernel has a name."""
+    return next(run for run in spec.sweep() if run.kernel.name == kernel)
+
+
+def kernel_settings(spec: RunSpec) -> dict[str, Any]:
+    """What artifacts keep of the kernel of a run: its kind and options."""
+    return {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))}  # type: ignore[call-overload]
+
+
+def in_group_shape(queries: FeatureSet, *, spectra: bool) -> QueryShape:
+    """What is kept of queries under a kernel that acts inside a group: of rank-c factors the matrices, if it has spectra."""
+    arrays = queries.info.arrays
+    return QueryShape(
+        queries=queries.info.rows,
+        groups=tuple(array.name for array in arrays),
+        widths={array.name: full_width(array) if spectra else array.features for array in arrays},
+    )
+
+
+def precondition(store_url: str, run: Mapping[str, Any], place: tuple[str, str]) -> int:
+    """Task: write K_j psi and tau_j(q, q) for every query of a (set, member) and every group j; return how many queries.
+
+    ``run`` is one of a sweep, and its kernel one that acts inside a group.
+    """
+    from gradstore.numerics.kernel import zero_invalid
+
+    spec, store = RunSpec.model_validate(run), FeatureStore.open(store_url)
+    queries, artifact = store.open_set(*place), open_for(store, spec, place)
+    if artifact.is_complete():
+        return queries.info.rows
+    kernel = resolve_kernel(spec)
+    spectra = open_spectra(store, spec, queries.member) if kernel.needs_spectra else None
+    preconditioned, selves = {}, []
+    for array in queries.info.arrays:
+        stored = all_rows(queries, array)
+        # A query that is not valid is answered by nothing; the learner takes no step for it.
+        zero_invalid(stored)
+        rows = full_rows(array, stored)
+        if spectra is None:
+            preconditioned[array.name] = stored
+            selves.append(np.einsum("qd,qd->q", rows, rows, dtype=np.float64))
+            continue
+        assert kernel.damped_by is not None, "a kernel with spectra is damped"
+        preconditioned[array.name], own = _apply(spectra, array.name, rows, kernel.damped_by)
+        selves.append(own)
+    artifact.write(preconditioned, np.stack(selves, 1), facts={"queries": queries.info.rows})
+    return queries.info.rows
+
+
+def _apply(spectra: KernelArtifact, group: str, rows: np.ndarray, damping: Damping) -> tuple[np.ndarray, np.ndarray]:
+    """K psi and tau(q, q) in one group, whose spectrum is gone before that of the next is read."""
+    spectrum = read_spectrum(spectra, group)
+    return spectrum.precondition(rows, damping), spectrum.self_influence(rows, damping)
+
+
+def open_for(store: FeatureStore, spec: RunSpec, place: tuple[str, str]) -> QueryArtifact:
+    """Open the preconditioned queries that a task is to write.
+
+    Raises
+    ------
+    SupersededError
+        If they are of another kernel: a task of an earlier run must not fill an artifact that was pruned and made anew since.
+    """
+    artifact = QueryArtifact.open(store.storage, spec.kernel.name, place)
+    if (artifact.settings["kernel"], artifact.settings["kernel_of"]) != (kernel_settings(spec), spec.kernel.members):
+        raise SupersededError(
+            f"{artifact.folder}: is of another kernel than this task's. Run `gradstore contribute` again."
+        )
+    return artifact
+
+
+def all_rows(feature_set: FeatureSet, array: FeatureArray) -> np.ndarray:
+    """All rows [n, k_j] of one group of a small set, as they are stored; NaN in gaps."""
+    info = feature_set.info
+    rows = np.full((info.rows, array.features), np.nan, np.float32)
+    for block in range(info.num_blocks):
+        place = rows[slice(*info.block_range(block))]
+        feature_set.read_block(block, [array.name], out={array.name: place})
+    return rows
+
+
+def attempts(store: FeatureStore, slabs: Sequence[Slab], members: Sequence[str]) -> tuple[str, ...]:
+    """The attempts that wrote the preconditioned queries, and weights, of some slabs: other ones where they were made anew."""
+    found = []
+    for slab in slabs:
+        for member in members:
+            artifact = QueryArtifact.open(store.storage, slab.target.kernel, (slab.target.set_name, member))
+            missing = f"{artifact.folder}: not written. Run `gradstore contribute` again."
+            found.append(artifact.log.require(0, missing).attempt)
+        if slab.target.weights is not None:
+            weights = WeightsArtifact.open(store.storage, slab.target.weights)
+            missing = f"{weights.folder}: not learned to the end. Run `gradstore learn` again."
+            found.append(weights.log.require(0, missing).attempt)
+    return tuple(found)
+
+
+def stacked(
+    store: FeatureStore,
+    spec: RunSpec,
+    member: str,
+    slabs: Sequence[Slab],
+    read: Callable[[QueryArtifact, int, int], np.ndarray],
+    weigh: Callable[[np.ndarray, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """What ``read`` gives of the queries of all slabs, one after another, times the factor of every query.
+
+    Parameters
+    ----------
+    store, spec
+        The store and the run, of which the slabs are.
+    member
+        Whose queries.
+    slabs
+        Which queries.
+    read
+        Reads, from the artifact of a slab, queries first to last: float32 [queries, ...].
+    weigh
+        Multiplies, in place, what is stacked of a slab by a factor [queries]; by default all of it.
+    """
+    stack: np.ndarray | None = None
+    start, total = 0, sum(slab.queries for slab in slabs)
+    for slab in slabs:
+        target = slab.target
+        artifact = QueryArtifact.open(store.storage, target.kernel, (target.set_name, member))
+        values = read(artifact, slab.first, slab.last)
+        if stack is None:
+            stack = aligned((total, *values.shape[1:]))
+        factor_Q = query_factor(store, run_of(spec, target.kernel), target.set_name)
+        place = stack[start : start + slab.queries]
+        np.copyto(place, values)
+        if factor_Q is not None:
+            (weigh or _weigh)(place, factor_Q[slab.first : slab.last])
+        start += slab.queries
+    assert stack is not None, "there is nothing to stack"
+    return stack
+
+
+def _weigh(stack: np.ndarray, factor_Q: np.ndarray) -> None:
+    stack *= factor_Q.reshape(-1, *(1 for _ in stack.shape[1:]))
+
+
+def refuse_other_groups(store: FeatureStore, set_name: str) -> None:
+    """Make sure that queries have the groups of the train set, of the same widths.
+
+    Raises
+    ------
+    ContractError
+        Naming the first group that differs.
+    """
+    sets = {name: store.open_set(name).info for name in ("train", set_name)}
+    found = {name: {array.name: full_width(array) for array in info.arrays} for name, info in sets.items()}
+    differing = [group for group in {**found["train"], **found[set_name]} if not _same(found, set_name, group)]
+    if differing or list(found["train"]) != list(found[set_name]):
+        shown = differing[0] if differing else "the order of groups"
+        told = "; ".join(f"{name} has {of.get(shown, 'none')}" for name, of in found.items()) if differing else ""
+        raise ContractError(
+            f"{store.storage.url}/features/{set_name}: its groups are not those of features/train: {shown}"
+            f"{f' ({told} features)' if told else ''}. Queries are compared with train examples group by group: compute both "
+            "under one feature contract, in one store."
+        )
+
+
+def _same(found: Mapping[str, Mapping[str, int]], set_name: str, group: str) -> bool:
+    return found["train"].get(group) == found[set_name].get(group)
