@@ -173,9 +173,9 @@ def test_a_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x\.jsonl, line 2 is not JSON"),
         ("x.jsonl", b'["a"]\n', r"x\.jsonl, line 1 is a JSON list"),
         ("x.jsonl", b'{"text": "\xff"}\n', r"x\.jsonl, line 1 of .* is not utf-8"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"x\.jsonl\.gz cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"x\.jsonl\.gz cannot be read"),
         ("x.jsonl.gz", b'{"text": "a"}\n', r"x\.jsonl\.gz cannot be read"),
-        ("x.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, r"x\.jsonl\.gz cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20, r"x\.jsonl\.gz cannot be read"),
         ("x.parquet", b"PAR1 and nothing else", r"x\.parquet cannot be read as parquet"),
     ],
 )
