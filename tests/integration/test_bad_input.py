@@ -44,6 +44,7 @@ def test_a_model_without_a_supported_layer_is_refused_by_what_it_has(tmp_path: P
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_nan_loss_names_the_example_and_its_block_is_not_committed(tmp_path: Path) -> None:
     message = refused(write_own_run(tmp_path, broken=[20]), code=3)
 
@@ -52,6 +53,7 @@ def test_a_nan_loss_names_the_example_and_its_block_is_not_committed(tmp_path: P
     assert "row-20" not in [*committed(tmp_path / "store")]
 
 
+@pytest.mark.slow
 def test_nan_losses_of_the_first_rows_are_refused_before_there_is_a_store(tmp_path: Path) -> None:
     message = refused(write_own_run(tmp_path, broken=[0, 3]), code=3)
 

@@ -27,6 +27,8 @@ from tests import oracle
 from tests.projections import expanded, expected
 from tests.runs import InThisProcess, make_run
 
+pytestmark = pytest.mark.slow
+
 EVERYTHING = {"biases": True, "norms": True, "embeddings": True}
 ONE = {"cluster": {"workers": 1}}
 

@@ -24,6 +24,8 @@ from tests.pictures import draw, write_npz
 from tests.runs import InThisProcess, write_run
 from tests.unets import on_path
 
+pytestmark = pytest.mark.slow
+
 TIMESTEPS = (0, 200, 400, 600, 800)
 KERNEL: dict[str, Any] = {"kind": "block", "damping": 0.3, "mode": "relative"}
 

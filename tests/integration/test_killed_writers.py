@@ -17,6 +17,8 @@ from tests.faults.processes import Writer
 from tests.faults.storm import Place, Tally, blow
 from tests.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 _NAMES = count()
 INFO = stores.set_info()
 BLOCK = 1

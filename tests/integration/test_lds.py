@@ -19,6 +19,8 @@ from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact
 from gradstore.store.features import FeatureStore
 from tests.runs import gradstore, write_run
 
+pytestmark = pytest.mark.slow
+
 NUM_TRAIN, NUM_LEARN, NUM_EVAL = 1000, 20, 200
 SUBSETS = 64
 SHUFFLES = 20

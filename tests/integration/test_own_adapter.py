@@ -15,6 +15,8 @@ from gradstore.store.examples import from_table
 from gradstore.store.features import FeatureStore
 from tests.runs import gradstore
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 

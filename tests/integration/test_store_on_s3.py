@@ -18,6 +18,8 @@ from tests import stores
 from tests.servers import S3Server
 from tests.storages import Killed, KillingStorage, Places, StorageSuite
 
+pytestmark = pytest.mark.slow
+
 _NAMES = count()
 
 

@@ -24,6 +24,8 @@ from tests import oracle
 from tests.runs import command, gradstore, make_run
 from tests.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 SETS = ("train", "learn", "eval")
 ONE_WORKER = {"cluster": {"workers": 1}}
 
@@ -170,7 +172,6 @@ def test_running_again_computes_nothing(finished: Path) -> None:
     assert "48 done earlier" in again.stderr
 
 
-@pytest.mark.slow
 def test_the_same_run_on_s3_ends_in_the_same_numbers(finished: Path, seaweed: S3Server, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(finished.parent / "model")
     run = make_run(tmp_path, seaweed.url("whole"), ONE_WORKER)
@@ -195,7 +196,6 @@ def test_the_same_run_on_s3_ends_in_the_same_numbers(finished: Path, seaweed: S3
         assert weights[0].equals(weights[1])
 
 
-@pytest.mark.slow
 def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_the_same_bits(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -225,7 +225,6 @@ def test_killed_in_featurize_the_same_command_computes_the_missing_blocks_and_th
         assert all((ours[name] == undisturbed[name]).all() for name in undisturbed)
 
 
-@pytest.mark.slow
 def test_other_settings_are_refused_side_by_side_and_leave_the_store_as_it_is(finished: Path, tmp_path: Path) -> None:
     store = Path(read_spec(finished).run.store)
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
@@ -249,7 +248,6 @@ def test_other_settings_are_refused_side_by_side_and_leave_the_store_as_it_is(fi
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
 
 
-@pytest.mark.slow
 def test_a_second_kernel_in_half_precision_lives_beside_the_first(finished: Path, tmp_path: Path) -> None:
     spec = read_spec(finished)
     store = FeatureStore.open(spec.run.store)

@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "pipelines" / "openwebtext-llama3-8b" / "run.toml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -84,6 +85,7 @@ SCORES = {"mode": "scores"}
 RELATIF = {"normalize": "relatif"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "contribute", "members"),
     [
@@ -220,6 +222,7 @@ def test_the_reference_study_is_planned_as_documented() -> None:
     assert "where the command runs" in " ".join(plan.notes)
 
 
+@pytest.mark.slow
 def test_half_precision_counts_the_rounded_weights() -> None:
     spec = read_spec(REFERENCE)
 
