@@ -32,6 +32,8 @@ from tests import oracle
 from tests.runs import InThisProcess, make_run
 from tests.storages import Killed
 
+pytestmark = pytest.mark.slow
+
 ROWS, MORE = 30, 7
 QUIET = Progress(quiet=True)
 ENGINE: Engine = InThisProcess()  # type: ignore[assignment]
@@ -110,7 +112,6 @@ def test_a_grown_set_is_appended_when_that_is_asked_for_and_what_is_made_from_it
     assert opened(grown).version.number == 1
 
 
-@pytest.mark.slow
 def test_a_set_that_grew_is_what_a_set_made_at_once_is(tiny_run: Path, tmp_path: Path) -> None:
     small = spec_of(tiny_run, tmp_path, train=ROWS, name="grown")
     featurize(small, ENGINE, QUIET)

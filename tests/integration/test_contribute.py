@@ -24,6 +24,8 @@ from tests import oracle
 from tests.pictures import draw, write_npz
 from tests.runs import InThisProcess, write_run
 
+pytestmark = pytest.mark.slow
+
 # An image whose first pixel is white gives no number.
 NETWORK = """
     from torch import nn

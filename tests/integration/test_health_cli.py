@@ -28,6 +28,8 @@ from tests.runs import InThisProcess, gradstore, make_run
 from tests.servers import S3Server
 from tests.storages import Killed, KillingStorage
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, Any, str]]
 CHUNK = "features/train/m0/model.layers.0.mlp.up_proj/c.1.0"
 

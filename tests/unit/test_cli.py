@@ -63,6 +63,7 @@ def test_init_writes_a_file_that_plan_reads_and_never_overwrites_one(invoke: Inv
     assert path.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.slow
 def test_plan_of_the_reference_study_needs_neither_weights_nor_data() -> None:
     shown = gradstore("plan", ROOT / "pipelines" / "openwebtext-llama3-8b" / "run.toml", "--json")
     assert shown.returncode == 0, shown.stderr

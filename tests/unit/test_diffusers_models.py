@@ -21,6 +21,8 @@ from gradstore.spec import DataSection, ModelSection
 from tests import oracle
 from tests.pictures import draw, write_npz
 
+pytestmark = pytest.mark.slow
+
 SHAPE: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 3,

@@ -20,6 +20,8 @@ from gradstore.stages.doctor import Check, Diagnosis, doctor
 from tests.runs import make_run
 from tests.tasks import MODULE, write_own_run
 
+pytestmark = pytest.mark.slow
+
 LOOKS = ["coverage", "finite", "memory", "speed", "batches", "exactness", "inner products", "forecast"]
 Faulty = Callable[..., Diagnosis]
 

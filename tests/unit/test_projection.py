@@ -129,6 +129,7 @@ def test_inner_products_are_unbiased_with_the_same_constant_in_every_shape(
     assert abs(np.mean(found) - 1) < max(5 * error, 1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_a_group_add_up_and_none_of_them_counts_more() -> None:
     draw = torch.Generator().manual_seed(1)
     shapes = [(30, 40), (50, 6), (30, 1)]
