@@ -176,8 +176,8 @@ def contribute_notes(cut: ContributePlan) -> list[str]:
 def span_bytes(spec: RunSpec, cut: ContributePlan, widths: Widths, train: SetPlan) -> int:
     """Memory of a span's task beside its process and the features that it reads.
 
-    Queries of one pass, and those of one set and group as they are read; C of two blocks, one of them as it is stored too; products of a tile; what is summed for the learner,
-    and matrices of a tile's rank-c factors.
+    Queries of one pass, and those of one set and group as they are read; C of two blocks, one of them as it is stored too;
+    products of a tile; what is summed for the learner, and matrices of a tile's rank-c factors.
     """
     members, groups, item = len(spec.model.etas), len(widths.full), ITEM_BYTES[spec.contribute.dtype]
     share = cut.pass_rows / cut.rows

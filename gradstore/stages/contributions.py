@@ -11,7 +11,6 @@ import numpy as np
 from gradstore.errors import NotReadyError
 from gradstore.stages.spectra import require_current
 from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact, ScoreMatrixArtifact
-from gradstore.store.artifacts.artifact import FOLDERS
 from gradstore.store.features import FeatureStore
 from gradstore.store.layout import RowBlocks
 from gradstore.store.read_ahead import read_ahead
@@ -40,13 +39,7 @@ class Contributions:
         """
         _refuse_streamed(store, kernel, set_name)
         artifact = ContributionArtifact.open(store.storage, kernel, set_name)
-        missing = artifact.missing_blocks()
-        if missing:
-            raise NotReadyError(
-                f"contributions/{kernel}/{set_name}: {len(missing)} of {artifact.shape.num_blocks} blocks are missing. "
-                "Run `gradstore contribute` again: it computes those."
-            )
-        require_current(artifact, store)
+        _require_whole(artifact, store)
         return cls(artifact=artifact, valid=_valid_masks(store))
 
     def valid_rows(self) -> np.ndarray:
@@ -98,13 +91,7 @@ class ScoreMatrix:
             If they are stale: a set that they were made from has changed since.
         """
         artifact = ScoreMatrixArtifact.open(store.storage, name, set_name)
-        missing = artifact.missing_units()
-        if missing:
-            raise NotReadyError(
-                f"{artifact.folder}: {len(missing)} of {artifact.shape.num_blocks} blocks are missing. Run `gradstore "
-                "contribute` again: it computes those."
-            )
-        require_current(artifact, store)
+        _require_whole(artifact, store)
         return cls(artifact=artifact, valid=_valid_masks(store))
 
     def valid_rows(self) -> np.ndarray:
@@ -127,15 +114,24 @@ def _refuse_streamed(store: FeatureStore, kernel: str, set_name: str) -> None:
     NotReadyError
         With the way out.
     """
-    folders = FOLDERS["contributions"][0], FOLDERS["moments"][0]
-    if ContributionArtifact.find(store.storage, f"{folders[0]}/{kernel}/{set_name}") is not None:
+    if ContributionArtifact.find_named(store.storage, kernel, set_name) is not None:
         return
-    moments = MomentsArtifact.find(store.storage, f"{folders[1]}/{kernel}/learn")
+    moments = MomentsArtifact.find_named(store.storage, kernel, "learn")
     if moments is not None and moments.info.recorded["mode"] == "streamed":
         raise NotReadyError(
             f"contributions/{kernel}/{set_name}: contribute.mode = streamed keeps no C; set contribute.mode = tensor, then "
             "run `gradstore contribute`."
         )
+
+
+def _require_whole(artifact: ContributionArtifact | ScoreMatrixArtifact, store: FeatureStore) -> None:
+    missing = artifact.missing_units()
+    if missing:
+        raise NotReadyError(
+            f"{artifact.folder}: {len(missing)} of {artifact.info.num_units} blocks are missing. Run `gradstore contribute` "
+            "again: it computes those."
+        )
+    require_current(artifact, store)
 
 
 def _valid_masks(store: FeatureStore) -> dict[int, np.ndarray]:
@@ -144,7 +140,8 @@ def _valid_masks(store: FeatureStore) -> dict[int, np.ndarray]:
     for member in store.open_set("train").info.members:
         train = store.open_set("train", member)
         for block in train.invalid_blocks():
-            mask = train.read_examples(["valid"], block=block)["valid"].to_numpy()
+            mask = train.valid_in(block)
+            assert mask is not None, "an invalid block has rows that are not valid"
             valid[block] = mask & valid.get(block, True)
     return valid
 

@@ -18,7 +18,6 @@ from gradstore.spec import RunSpec
 from gradstore.stages.reading import full_width, next_mean
 from gradstore.stages.spectra import require_current
 from gradstore.store.artifacts import FullKernelArtifact
-from gradstore.store.artifacts.artifact import FOLDERS
 from gradstore.store.features import BlockReader, FeatureSet, FeatureStore
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def find_full(store: FeatureStore, spec: RunSpec, member: str) -> FullKernelArti
 
 
 def _find(store: FeatureStore, spec: RunSpec, route: Route, member: str) -> FullKernelArtifact | None:
-    folder = f"{FOLDERS['full_kernel'][0]}/{route_name(route, full_options(spec).rank)}/{member}"
-    return FullKernelArtifact.find(store.storage, folder)
+    return FullKernelArtifact.find_named(store.storage, route_name(route, full_options(spec).rank), member)
 
 
 def open_full(store: FeatureStore, spec: RunSpec, member: str) -> FullKernelArtifact:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,11 @@ from gradstore.errors import SupersededError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.self_influence import influence_chunk, influence_tasks
 from gradstore.spec import RunSpec
-from gradstore.stages.full_kernel import built, kernel_settings
+from gradstore.stages import full_kernel
 from gradstore.stages.full_self_influence import full_self_influences, is_dual
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import full_rows, full_width
-from gradstore.stages.spectra import open_spectra, read_spectrum
+from gradstore.stages.spectra import kernel_settings, open_spectra, read_spectrum
 from gradstore.store.artifacts import SelfInfluenceArtifact, SelfInfluenceShape
 from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import BlockReader, FeatureSet, FeatureStore, Piece
@@ -96,8 +96,8 @@ def _create(spec: RunSpec, store: FeatureStore, train: FeatureSet) -> SelfInflue
 def _kernel_settings(spec: RunSpec, store: FeatureStore, member: str) -> dict[str, Any]:
     """What the artifact keeps of the kernel: its options and, of one across groups, which build of it."""
     if not resolve_kernel(spec).across_groups:
-        return {"kernel": {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))}}  # type: ignore[call-overload]
-    return {"kernel": kernel_settings(store, spec), "built": built(store, spec, [member])}
+        return {"kernel": kernel_settings(spec)}
+    return {"kernel": full_kernel.kernel_settings(store, spec), "built": full_kernel.built(store, spec, [member])}
 
 
 def _tasks(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradstore.errors import ContractError, NotReadyError
+from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
 from gradstore.store.artifacts import ArtifactStatus, KernelArtifact, stale_blocks
 from gradstore.store.artifacts.artifact import VERBS, Artifact
@@ -36,6 +38,11 @@ def open_spectra(store: FeatureStore, spec: RunSpec, member: str) -> KernelArtif
         )
     require_current(artifact, store)
     return artifact
+
+
+def kernel_settings(spec: RunSpec) -> dict[str, Any]:
+    """What artifacts keep of the kernel of a run, of a kind that acts inside a group: its kind and options."""
+    return {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))}  # type: ignore[call-overload]
 
 
 def require_current(artifact: Artifact, store: FeatureStore) -> None:

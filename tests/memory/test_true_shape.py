@@ -24,12 +24,12 @@ from gradstore.plan.memory import PROCESS_BYTES
 from gradstore.plan.self_influence import influence_chunk
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute import contribute, contribute_span, precondition
-from gradstore.stages.contribute.queries import kernel_settings
 from gradstore.stages.featurize import featurize
 from gradstore.stages.kernel import build_bundle, build_kernel
 from gradstore.stages.kernel.sums import sum_power
 from gradstore.stages.progress import Progress
 from gradstore.stages.self_influence import compute_units
+from gradstore.stages.spectra import kernel_settings
 from gradstore.stages.synth import SynthSettings, make_folder
 from gradstore.store.artifacts import KernelArtifact, SelfInfluenceArtifact, SelfInfluenceShape, SpectraShape
 from gradstore.store.features import FeatureStore

@@ -28,7 +28,6 @@ from gradstore.store.artifacts import (
     ScoreShape,
     span_edges,
 )
-from gradstore.store.artifacts.artifact import FOLDERS
 from gradstore.store.features import FeatureStore
 
 Place = tuple[str, str]
@@ -111,11 +110,10 @@ Scales = Mapping[Target, np.ndarray]
 
 def stored_as(store: FeatureStore, target: Target) -> QueryRounding | None:
     """How a target is stored already: C, or what was summed of it without C. None where there is neither."""
-    name = f"{target.kernel}/{target.set_name}"
-    contributions = ContributionArtifact.find(store.storage, f"{FOLDERS['contributions'][0]}/{name}")
+    contributions = ContributionArtifact.find_named(store.storage, target.kernel, target.set_name)
     if contributions is not None:
         return contributions.rounding
-    moments = MomentsArtifact.find(store.storage, f"{FOLDERS['moments'][0]}/{name}")
+    moments = MomentsArtifact.find_named(store.storage, target.kernel, target.set_name)
     return None if moments is None else moments.rounding
 
 
@@ -124,8 +122,7 @@ def tiles_of(spec: RunSpec, store: FeatureStore, target: Target) -> tuple[int, i
     train, queries = store.open_set("train").info, store.open_set(target.set_name).info.rows
     if spec.contribute.mode == "scores":
         return queries, min(queries, SCORE_TILE)
-    folder = f"{FOLDERS['contributions'][0]}/{target.kernel}/{target.set_name}"
-    existing = ContributionArtifact.find(store.storage, folder)
+    existing = ContributionArtifact.find_named(store.storage, target.kernel, target.set_name)
     if existing is not None:
         return queries, existing.shape.query_tile
     rounding = stored_as(store, target)
@@ -164,8 +161,9 @@ def new_spans(store: FeatureStore) -> list[Sequence[int]]:
 def spans_of(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> list[Sequence[int]]:
     """Blocks of every span of the targets of one kernel: those that its sums were begun with, if they were."""
     for target in targets:
-        folder = f"{FOLDERS['moments'][0]}/{target.kernel}/{target.set_name}"
-        existing = MomentsArtifact.find(store.storage, folder) if wants_moments(spec, target) else None
+        if not wants_moments(spec, target):
+            continue
+        existing = MomentsArtifact.find_named(store.storage, target.kernel, target.set_name)
         if existing is not None:
             return [existing.shape.blocks_of(span) for span in range(existing.shape.num_spans)]
     return new_spans(store)

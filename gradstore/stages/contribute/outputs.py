@@ -13,6 +13,7 @@ from gradstore.spec import RunSpec
 from gradstore.stages.contribute.queries import Target
 from gradstore.stages.contribute.rows import score_transform
 from gradstore.stages.contribute.settings import refuse_superseded
+from gradstore.stages.weights import ranking_name
 from gradstore.store.artifacts import (
     BlockWriter,
     ContributionArtifact,
@@ -26,8 +27,6 @@ from gradstore.store.features import FeatureSet, FeatureStore
 
 if TYPE_CHECKING:
     from gradstore.numerics.scores import Transform
-
-UNWEIGHTED = "unweighted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +285,7 @@ def open_output(store: FeatureStore, spec: RunSpec, target: Target, of: tuple[in
 
 def score_name(target: Target) -> str:
     """Name of a target's scores below ``score-matrices``."""
-    return f"{target.kernel}.{target.weights or UNWEIGHTED}"
+    return ranking_name(target.kernel, target.weights)
 
 
 def wants_moments(spec: RunSpec, target: Target) -> bool:

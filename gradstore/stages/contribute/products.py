@@ -8,12 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from gradstore.errors import ContractError, NotReadyError
+from gradstore.errors import ContractError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.queries import Slab, Target, stacked
 from gradstore.stages.reading import full_rows, inner_products, is_factored
-from gradstore.store.artifacts import QueryArtifact, WeightsArtifact
+from gradstore.stages.weights import open_weights
+from gradstore.store.artifacts import QueryArtifact
 from gradstore.store.features import FeatureArray, FeatureStore
 
 Rows = Mapping[str, np.ndarray]
@@ -159,9 +160,7 @@ def weights_of(store: FeatureStore, target: Target, spec: RunSpec) -> np.ndarray
     groups = [array.name for array in store.open_set("train").info.arrays]
     if target.weights is None:
         return np.full(len(groups), 1 / len(groups))
-    artifact = WeightsArtifact.open(store.storage, target.weights)
-    if not artifact.is_complete():
-        raise NotReadyError(f"weights/{target.weights}: not learned to the end. Run `gradstore learn` again.")
+    artifact = open_weights(store, target.weights)
     table = artifact.read()
     found = dict(zip(table["group"].to_pylist(), table["weight"].to_pylist(), strict=True))
     if set(found) != set(groups):

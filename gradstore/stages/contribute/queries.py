@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.rows import query_factor
 from gradstore.stages.reading import full_rows, full_width
-from gradstore.stages.spectra import open_spectra, read_spectrum
+from gradstore.stages.spectra import kernel_settings, open_spectra, read_spectrum
 from gradstore.store.alignment import aligned
 from gradstore.store.artifacts import KernelArtifact, QueryArtifact, QueryShape, WeightsArtifact
 from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore
@@ -48,11 +48,6 @@ class Slab:
 def run_of(spec: RunSpec, kernel: str) -> RunSpec:
     """Return the run of a sweep whose kernel has a name."""
     return next(run for run in spec.sweep() if run.kernel.name == kernel)
-
-
-def kernel_settings(spec: RunSpec) -> dict[str, Any]:
-    """What artifacts keep of the kernel of a run: its kind and options."""
-    return {"kind": spec.kernel.kind, **asdict(resolve_kernel(spec))}  # type: ignore[call-overload]
 
 
 def in_group_shape(queries: FeatureSet, *, spectra: bool) -> QueryShape:

@@ -9,8 +9,9 @@ from gradstore.errors import SupersededError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
 from gradstore.stages import full_kernel
-from gradstore.stages.contribute.queries import Target, kernel_settings, run_of
+from gradstore.stages.contribute.queries import Target, run_of
 from gradstore.stages.contribute.rows import score_transform
+from gradstore.stages.spectra import kernel_settings
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.artifacts.artifact import Artifact
 from gradstore.store.codecs import plain

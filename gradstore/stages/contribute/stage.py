@@ -211,14 +211,14 @@ def _lacking(spec: RunSpec, store: FeatureStore, target: Target) -> tuple[set[in
     """Blocks and spans of a target that are missing."""
     every = set(range(store.open_set("train").info.num_blocks))
     if spec.contribute.mode == "scores":
-        scores = ScoreMatrixArtifact.find(store.storage, f"score-matrices/{score_name(target)}/{target.set_name}")
+        scores = ScoreMatrixArtifact.find_named(store.storage, score_name(target), target.set_name)
         return every if scores is None else set(scores.missing_units()), set()
-    blocks, sums, name = set[int](), set[int](), f"{target.kernel}/{target.set_name}"
+    blocks, sums, names = set[int](), set[int](), (target.kernel, target.set_name)
     if spec.contribute.mode == "tensor":
-        stored = ContributionArtifact.find(store.storage, f"contributions/{name}")
+        stored = ContributionArtifact.find_named(store.storage, *names)
         blocks = every if stored is None else set(stored.missing_blocks())
     if wants_moments(spec, target):
-        moments = MomentsArtifact.find(store.storage, f"moments/{name}")
+        moments = MomentsArtifact.find_named(store.storage, *names)
         sums = every if moments is None else set(moments.missing_units())
     return blocks, sums
 

@@ -1,7 +1,6 @@
 """The report of a run: one self-contained HTML page, and tables for the terminal."""
 
 from gradstore.stages.report.data import (
-    UNWEIGHTED,
     Group,
     PrecisionRow,
     QueryReport,
@@ -13,6 +12,7 @@ from gradstore.stages.report.data import (
 from gradstore.stages.report.page import render_page
 from gradstore.stages.report.stage import report
 from gradstore.stages.report.terminal import render_tables
+from gradstore.stages.weights import UNWEIGHTED
 
 __all__ = [
     "UNWEIGHTED",

@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-UNWEIGHTED = "unweighted"
-"""The name of the ranking in which every group counts the same."""
-
 Side = Literal["proponent", "opponent"]
 
 

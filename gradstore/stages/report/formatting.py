@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from gradstore.stages.report.data import UNWEIGHTED
+from gradstore.stages.weights import UNWEIGHTED
 
 MINUS = "\u2212"
 TIMES = "\u00d7"

@@ -12,7 +12,6 @@ from pyarrow import compute
 from gradstore.errors import NotReadyError, SpecError, StorageError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.report.data import (
-    UNWEIGHTED,
     Group,
     PrecisionRow,
     QueryReport,
@@ -24,6 +23,7 @@ from gradstore.stages.report.data import (
 from gradstore.stages.report.page import render_page
 from gradstore.stages.report.terminal import render_tables
 from gradstore.stages.status import status
+from gradstore.stages.weights import UNWEIGHTED
 from gradstore.store.artifacts import ScoresArtifact, WeightsArtifact
 from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureSet, FeatureStore

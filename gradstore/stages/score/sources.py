@@ -8,15 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradstore.errors import NotReadyError
 from gradstore.numerics.scores import Ranked, Ranking
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import Contributions, ScoreMatrix
 from gradstore.stages.progress import Progress
-from gradstore.store.artifacts import WeightsArtifact
+from gradstore.stages.weights import UNWEIGHTED, open_weights
 from gradstore.store.features import FeatureStore
-
-UNWEIGHTED = "unweighted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +74,6 @@ def open_source(spec: RunSpec, store: FeatureStore) -> Source:
         return FromScores(store, weighted_methods(spec))
     read_weights(store, spec.learn.name)
     return FromContributions(store, Contributions.open(store, spec.kernel.name, "eval"))
-
-
-def open_weights(store: FeatureStore, name: str) -> WeightsArtifact:
-    """Open weights; NotReadyError if they have not been learned."""
-    artifact = WeightsArtifact.open(store.storage, name)
-    if not artifact.is_complete():
-        raise NotReadyError(f"weights/{name}: not learned to the end. Run `gradstore learn` again.")
-    return artifact
 
 
 def read_weights(store: FeatureStore, name: str) -> np.ndarray:

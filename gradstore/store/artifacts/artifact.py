@@ -168,6 +168,11 @@ class Artifact(ABC):
         return None if info is None else cls(storage, folder, info)
 
     @classmethod
+    def find_named(cls, storage: Storage, *names: str) -> Self | None:
+        """Open the artifact of these names in a store, or return None if there is none."""
+        return cls.find(storage, _folder(cls.kind, names))
+
+    @classmethod
     def _create(cls, storage: Storage, names: tuple[str, ...], info: ArtifactInfo) -> Self:
         """Create the artifact, or open the one that is there if its settings are equal.
 
@@ -191,11 +196,10 @@ class Artifact(ABC):
 
     @classmethod
     def _open(cls, storage: Storage, names: tuple[str, ...]) -> Self:
-        folder = _folder(cls.kind, names)
-        found = cls.find(storage, folder)
+        found = cls.find_named(storage, *names)
         if found is None:
             raise NotReadyError(
-                f"{storage.url}/{folder}: there is no such artifact. Run `gradstore {VERBS[cls.kind]}` first."
+                f"{storage.url}/{_folder(cls.kind, names)}: there is no such artifact. Run `gradstore {VERBS[cls.kind]}` first."
             )
         return found
 

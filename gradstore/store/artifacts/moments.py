@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -173,11 +173,7 @@ class MomentsArtifact(Artifact):
 
     def unit_objects(self, unit: int) -> dict[str, ArrayLayout | None]:
         """See `Artifact.unit_objects`."""
-        return {
-            chunk_path(path, unit, tile, *(0 for _ in layout.shape[2:])): layout
-            for path, layout in self.shape.layouts().items()
-            for tile in range(layout.num_chunks[1])
-        }
+        return {chunk: self.shape.layouts()[array] for array, chunk, _ in self._chunks(unit)}
 
     def scale_chunks(self) -> dict[str, Payload]:
         """Chunks of ``values/scale``, by path: known from artifact.json, so that no record names them."""
@@ -192,13 +188,12 @@ class MomentsArtifact(Artifact):
         # They are contributions as they were stored: nothing is lost.
         self.rounding.encode(0, moments.candidates, stored)
         values = {_MOMENTS: moments.second_moments, _CANDIDATES: stored, _ROWS: moments.rows}
-        payloads = {}
-        for path, layout in self.shape.layouts().items():
-            assert values[path].shape == layout.shape[1:]
-            size = layout.chunk_shape[1]
-            for tile in range(layout.num_chunks[1]):
-                chunk = values[path][None, tile * size : (tile + 1) * size]
-                payloads[chunk_path(path, span, tile, *(0 for _ in layout.shape[2:]))] = encode_chunk(chunk, layout)
+        layouts = self.shape.layouts()
+        assert all(values[array].shape == layout.shape[1:] for array, layout in layouts.items())
+        payloads = {
+            chunk: encode_chunk(values[array][None, queries], layouts[array])
+            for array, chunk, queries in self._chunks(span)
+        }
         return self._write_unit(span, payloads, facts)
 
     def read_span(self, span: int) -> SpanMoments:
@@ -209,15 +204,12 @@ class MomentsArtifact(Artifact):
             _CANDIDATES: np.empty((queries, kept, groups), self.rounding.stored_dtype),
             _ROWS: np.empty((queries, kept), np.int64),
         }
-        record = self._record(span)
-        for path, layout in self.shape.layouts().items():
-            size = layout.chunk_shape[1]
-            for tile in range(layout.num_chunks[1]):
-                with self._buffers.borrow(layout.buffer_bytes) as buffer:
-                    path_of_chunk = chunk_path(path, span, tile, *(0 for _ in layout.shape[2:]))
-                    chunk = self._read_into(record, path_of_chunk, layout, buffer)[0]
-                    target = values[path][tile * size : (tile + 1) * size]
-                    target[...] = chunk[: len(target)]
+        record, layouts = self._record(span), self.shape.layouts()
+        for array, chunk, tile in self._chunks(span):
+            with self._buffers.borrow(layouts[array].buffer_bytes) as buffer:
+                stored = self._read_into(record, chunk, layouts[array], buffer)[0]
+                target = values[array][tile]
+                target[...] = stored[: len(target)]
         candidates = np.empty(values[_CANDIDATES].shape, np.float32)
         self.rounding.decode(0, values[_CANDIDATES], candidates)
         return SpanMoments(values[_MOMENTS], candidates, values[_ROWS])
@@ -228,6 +220,14 @@ class MomentsArtifact(Artifact):
         for span in range(self.shape.num_spans):
             total += self.read_span(span).second_moments
         return total
+
+    def _chunks(self, span: int) -> Iterator[tuple[str, str, slice]]:
+        """(array, path of the chunk, its queries) of every chunk of a span."""
+        for array, layout in self.shape.layouts().items():
+            size = layout.chunk_shape[1]
+            for tile in range(layout.num_chunks[1]):
+                chunk = chunk_path(array, span, tile, *(0 for _ in layout.shape[2:]))
+                yield array, chunk, slice(tile * size, (tile + 1) * size)
 
 
 def span_edges(spans: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -73,7 +73,3 @@ class QueryRounding:
     def chunks(self) -> dict[str, Payload]:
         """Chunks of ``values/scale``, by path: known from artifact.json, so that no record names them."""
         return {chunk_path(path, 0): encode_chunk(self.scales, layout) for path, layout in self.layouts().items()}
-
-    def attributes(self) -> dict[str, str]:
-        """Attributes of the array that is stored so."""
-        return {"scaled_by": "scale"} if self.dtype == "float16" else {}

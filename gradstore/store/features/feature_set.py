@@ -278,8 +278,7 @@ class FeatureSet:
         for block in range(self.info.num_blocks):
             valid[slice(*self.info.block_range(block))] = True
         for block in self.invalid_blocks():
-            mask = self.read_examples(["valid"], block=block)["valid"].to_numpy()
-            valid[slice(*self.info.block_range(block))] = mask
+            valid[slice(*self.info.block_range(block))] = self.valid_in(block)
         return valid
 
     def valid_in(self, block: int) -> npt.NDArray[np.bool_] | None:
