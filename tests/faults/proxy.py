@@ -106,15 +106,21 @@ class FaultyProxy:
         for task in begun:
             task.cancel()
         await asyncio.gather(*begun, return_exceptions=True)
+        # A transport that is closed lets go of its socket in a later round of the loop.
+        await asyncio.sleep(0.1)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # A client that is killed, or that this proxy has cut off, may be gone at any moment.
-        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            request = _parse(await reader.readuntil(b"\r\n\r\n"))
-            if request.waits:
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            await self._answer(request, reader, writer, self._draw(request))
-        writer.close()
+        try:
+            # A client that is killed, or that this proxy has cut off, may be gone at any moment.
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                request = _parse(await reader.readuntil(b"\r\n\r\n"))
+                if request.waits:
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await self._answer(request, reader, writer, self._draw(request))
+            writer.close()
+        except asyncio.CancelledError:
+            # What a dead client never reads would keep a transport that is only closed.
+            _reset(writer)
 
     async def _answer(
         self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: str | None
