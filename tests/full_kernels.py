@@ -155,21 +155,21 @@ def contributions(spec: RunSpec, member: str = "m0") -> np.ndarray:
     queries = make_queries(spec, member).shape.queries
     slab = Slab(target=Target(kernel=spec.kernel.name, set_name="eval"), first=0, last=queries)
     [product] = across.make_products(store, spec, member, [[slab]])
-    c = np.zeros((queries, len(GROUPS), train.info.rows), np.float32)
+    c = np.zeros((train.info.rows, len(GROUPS), queries), np.float32)
     for block in range(train.info.num_blocks):
         start, stop = train.info.block_range(block)
         product.begin(block)
-        portion = np.zeros((queries, len(GROUPS), stop - start), np.float32)
+        portion = np.zeros((stop - start, len(GROUPS), queries), np.float32)
         if product.reads_features:
             for group in GROUPS:
                 columns = product.columns([group])
                 written = np.ascontiguousarray(np.full_like(portion[:, columns], 7))
                 product.write(train.read_block(block, [group]), written)
                 portion[:, columns] += written
-        c[:, :, start:stop] = portion
+        c[start:stop] = portion
         if product.finish(slice(0, stop - start), portion):
-            c[:, :, start:stop] += portion
-    return c.transpose(0, 2, 1)
+            c[start:stop] += portion
+    return c.transpose(2, 0, 1)
 
 
 def stored(url: str, name: str, member: str = "m0") -> dict[str, np.ndarray]:

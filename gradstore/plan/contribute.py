@@ -10,7 +10,7 @@ from gradstore.errors import ResourceError
 from gradstore.plan.sizes import gigabytes
 
 # Bytes of train features that a task reads at a time: groups are read in bundles of about this size.
-READ_BYTES: Final = 64 * 2**20
+READ_BYTES: Final = 32 * 2**20
 # Groups whose products are turned into C's order together: a cache line of C holds 16.
 GROUPS_AT_ONCE: Final = 16
 # Products of a tile of rows: near the processor, and yet of rows enough for matrix products to be fast.

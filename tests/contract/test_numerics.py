@@ -143,7 +143,7 @@ def test_a_kernel_gives_the_oracles_contributions(
         if kernel.damped_by is not None:
             found = _spectrum(kernel, train[group], factors[group], dtype)
             preconditioned[group] = found.precondition(queries[group], kernel.damped_by)
-    found_c = np.empty((5, len(widths), 30), np.float32)
+    found_c = np.empty((30, len(widths), 5), np.float32)
     group_products([*preconditioned.values()], [*train.values()], found_c)
 
     settings = {"kind": kind, "damping": options.get("damping", 0.1), "mode": options.get("mode", "relative")}
@@ -154,7 +154,7 @@ def test_a_kernel_gives_the_oracles_contributions(
     # Queries are float32 once they are preconditioned: where what they are long in meets no row, C is rounded by that much.
     rounded = [6e-8 * np.abs(dense[group]).max() * np.abs(train[group]).sum(1).max() for group in widths]
     scale = tolerance * np.abs(expected).max(axis=(0, 1)) + rounded
-    assert (np.abs(found_c.transpose(0, 2, 1) - expected) <= scale).all()
+    assert (np.abs(found_c.transpose(2, 0, 1) - expected) <= scale).all()
 
 
 def test_every_kernel_inside_a_group_is_tried() -> None:

@@ -264,14 +264,14 @@ def test_weights_of_scores_are_folded_into_coefficients() -> None:
         [product] = across.make_products(store, scored, "m0", [[slab]])
 
         product.begin(1)
-        total, part = np.zeros((3, 1, 8), np.float32), np.zeros((3, 1, 8), np.float32)
+        total, part = np.zeros((2, 8, 1, 3), np.float32)
         if product.reads_features:
             assert product.columns([*GROUPS]) == slice(0, 1)
             product.write(train.read_block(1), part)
             total += part
         if product.finish(slice(0, 8), part):
             total += part
-        np.testing.assert_allclose(total[:, 0], c[1:4, 8:16].mean(2), atol=1e-4 * np.abs(c).max())
+        np.testing.assert_allclose(total[:, 0].T, c[1:4, 8:16].mean(2), atol=1e-4 * np.abs(c).max())
 
 
 def test_features_that_are_all_zero_give_contributions_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:

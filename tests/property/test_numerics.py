@@ -35,10 +35,10 @@ class Language:
 
 def contributions(queries: dict[str, np.ndarray], rows: dict[str, np.ndarray], groups: list[str]) -> np.ndarray:
     """C [Q, N, M] of some groups, in their order."""
-    shape = len(queries[groups[0]]), len(groups), len(rows[groups[0]])
+    shape = len(rows[groups[0]]), len(groups), len(queries[groups[0]])
     portion = np.empty(shape, np.float32)
     group_products([queries[group] for group in groups], [rows[group] for group in groups], portion)
-    return np.ascontiguousarray(portion.transpose(0, 2, 1))
+    return np.ascontiguousarray(portion.transpose(2, 0, 1))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -21,7 +21,7 @@ def drawn(rows: int, seed: int) -> dict[str, np.ndarray]:
 
 def test_products_of_groups_of_different_widths_are_the_oracles_contributions() -> None:
     queries, rows = drawn(3, 0), drawn(7, 1)
-    portion, c = np.empty((3, 3, 7), np.float32), np.full((3, 9, 4), np.nan, np.float32)
+    portion, c = np.empty((7, 3, 3), np.float32), np.full((3, 9, 4), np.nan, np.float32)
     factor = np.linspace(-1, 2, 7).astype(np.float32)
 
     group_products([*queries.values()], [*rows.values()], portion)
@@ -36,11 +36,11 @@ def test_products_of_groups_of_different_widths_are_the_oracles_contributions() 
 
 def test_summed_products_are_the_oracles_contributions_summed() -> None:
     queries, rows = drawn(3, 0), drawn(7, 1)
-    out = np.empty((3, 7), np.float32)
+    out = np.empty((7, 3), np.float32)
 
     summed_products([*queries.values()], [*rows.values()], out)
 
-    np.testing.assert_allclose(out, oracle.contributions(queries, rows, [*WIDTHS]).sum(2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out.T, oracle.contributions(queries, rows, [*WIDTHS]).sum(2), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cuts", [(0, 5000), (0, 1, 2100, 5000)])

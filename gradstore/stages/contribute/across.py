@@ -254,12 +254,12 @@ def _by_slab(
 class _Streamed:
     """Of a primal kernel: coefficients [Q, M, D] meet the features of all groups, which are the coordinates."""
 
-    def __init__(self, arrays: Sequence[FeatureArray], values_QGD: np.ndarray) -> None:
+    def __init__(self, arrays: Sequence[FeatureArray], values_QMD: np.ndarray) -> None:
         edges = [0, *accumulate(map(full_width, arrays))]
         self._arrays = {array.name: array for array in arrays}
-        self._columns = values_QGD.shape[1]
+        self._columns = values_QMD.shape[1]
         self._values = {
-            array.name: np.ascontiguousarray(values_QGD[:, :, first:last]).reshape(-1, last - first)
+            array.name: _by_group(values_QMD[:, :, first:last])
             for array, (first, last) in zip(arrays, pairwise(edges), strict=True)
         }
 
@@ -275,16 +275,21 @@ class _Streamed:
         """See `Product`: features of any group give something to all."""
         return slice(0, self._columns)
 
-    def write(self, rows: Rows, out_QGN: np.ndarray) -> None:
+    def write(self, rows: Rows, out_NGQ: np.ndarray) -> None:
         """See `Product`."""
         from gradstore.numerics.contributions import summed_products
 
         full = [full_rows(self._arrays[group], values) for group, values in rows.items()]
-        summed_products([self._values[group] for group in rows], full, out_QGN.reshape(-1, out_QGN.shape[2]))
+        summed_products([self._values[group] for group in rows], full, out_NGQ.reshape(len(out_NGQ), -1))
 
-    def finish(self, rows: slice, out_QMN: np.ndarray) -> bool:
+    def finish(self, rows: slice, out_NMQ: np.ndarray) -> bool:
         """See `Product`."""
         return False
+
+
+def _by_group(values_QMP: np.ndarray) -> np.ndarray:
+    """Coefficients [M Q, P], the order in which products with them are C's portions."""
+    return np.ascontiguousarray(values_QMP.transpose(1, 0, 2)).reshape(-1, values_QMP.shape[2])
 
 
 class _Coordinates:
@@ -319,7 +324,7 @@ class _Stored:
 
     def __init__(self, coordinates: _Coordinates, values_QMP: np.ndarray, in_group: InGroup | None = None) -> None:
         self._stored = coordinates
-        self._values = values_QMP.reshape(-1, values_QMP.shape[2])
+        self._values = _by_group(values_QMP)
         self._in_group = in_group
         self._coordinates = np.zeros((0, 0), np.float32)
 
@@ -337,14 +342,14 @@ class _Stored:
         assert self._in_group is not None, "a dual kernel takes no features"
         return self._in_group.columns(groups)
 
-    def write(self, rows: Rows, out_QGN: np.ndarray) -> None:
+    def write(self, rows: Rows, out_NGQ: np.ndarray) -> None:
         """See `Product`."""
         assert self._in_group is not None, "a dual kernel takes no features"
-        self._in_group.write(rows, out_QGN)
+        self._in_group.write(rows, out_NGQ)
 
-    def finish(self, rows: slice, out_QMN: np.ndarray) -> bool:
+    def finish(self, rows: slice, out_NMQ: np.ndarray) -> bool:
         """See `Product`."""
-        np.matmul(self._values, self._coordinates[rows].T, out=out_QMN.reshape(len(self._values), -1))
+        np.matmul(self._coordinates[rows], self._values.T, out=out_NMQ.reshape(-1, len(self._values)))
         return True
 
 

@@ -170,17 +170,17 @@ class _Sum:
         first = not self._filled[columns].any()
         for tile in self._tiles:
             size = tile.stop - tile.start
-            portion_QGN = self._scratch[: queries * groups * size].reshape(queries, groups, size)
-            if not write(tile, portion_QGN):
+            portion_NGQ = self._scratch[: size * groups * queries].reshape(size, groups, queries)
+            if not write(tile, portion_NGQ):
                 return
             place = slice(tile.start - self._start, tile.stop - self._start)
             factor = None if factor_N is None else factor_N[tile]
-            accumulate(portion_QGN, factor, self._c_QNM[:, place, columns], first=first)
+            accumulate(portion_NGQ, factor, self._c_QNM[:, place, columns], first=first)
         self._filled[columns] = True
 
 
-def _write(product: Product, features: Rows, tile: slice, out_QGN: np.ndarray) -> bool:
-    product.write({group: values[tile] for group, values in features.items()}, out_QGN)
+def _write(product: Product, features: Rows, tile: slice, out_NGQ: np.ndarray) -> bool:
+    product.write({group: values[tile] for group, values in features.items()}, out_NGQ)
     return True
 
 

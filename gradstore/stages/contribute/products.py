@@ -40,11 +40,11 @@ class Product(Protocol):
         """Which groups of C get something from features of these groups."""
         ...
 
-    def write(self, rows: Rows, out_QGN: np.ndarray) -> None:
+    def write(self, rows: Rows, out_NGQ: np.ndarray) -> None:
         """Write, not add, what these features give to the groups that `columns` names."""
         ...
 
-    def finish(self, rows: slice, out_QMN: np.ndarray) -> bool:
+    def finish(self, rows: slice, out_NMQ: np.ndarray) -> bool:
         """Write what does not come from features, of some rows of the block begun last; False if that is nothing."""
         ...
 
@@ -87,30 +87,30 @@ class InGroup:
         """See `Product`."""
         return slice(0, 1) if self._summed else slice(self._places[groups[0]], self._places[groups[-1]] + 1)
 
-    def write(self, rows: Rows, out_QGN: np.ndarray) -> None:
+    def write(self, rows: Rows, out_NGQ: np.ndarray) -> None:
         """See `Product`."""
         from gradstore.numerics.contributions import group_products, summed_products
 
         if self._factored:
-            self._write_factored(rows, out_QGN)
+            self._write_factored(rows, out_NGQ)
             return
         queries = [self._queries[group] for group in rows]
         full = [full_rows(self._arrays[group], values) for group, values in rows.items()]
         if self._summed:
-            summed_products(queries, full, out_QGN[:, 0])
+            summed_products(queries, full, out_NGQ[:, 0])
         else:
-            group_products(queries, full, out_QGN)
+            group_products(queries, full, out_NGQ)
 
-    def finish(self, rows: slice, out_QMN: np.ndarray) -> bool:
+    def finish(self, rows: slice, out_NMQ: np.ndarray) -> bool:
         """See `Product`."""
         return False
 
-    def _write_factored(self, rows: Rows, out_QGN: np.ndarray) -> None:
-        out_QGN[:] = 0
+    def _write_factored(self, rows: Rows, out_NGQ: np.ndarray) -> None:
+        out_NGQ[:] = 0
         for index, (group, values) in enumerate(rows.items()):
             array, queries = self._arrays[group], self._queries[group]
             product_QN = inner_products(array, queries, values) if is_factored(array) else queries @ values.T
-            out_QGN[:, 0 if self._summed else index] += product_QN
+            out_NGQ[:, 0 if self._summed else index] += product_QN.T
 
 
 def make_products(
