@@ -23,8 +23,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 slow: $(INSTALLED)
-	$(BIN)/pytest -m slow --timeout 1800 -n 2 --dist loadfile --ignore tests/slow
-	$(BIN)/pytest -m slow --timeout 1800 tests/slow
+	$(BIN)/pytest -m slow --timeout 1800 -n 2 --dist loadfile --durations 40
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,21 @@ def wait_for_a_record(store: Path) -> None:
         time.sleep(0.01)
 
 
+@contextmanager
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Start processes as a terminal does: one of those that run tests ignores SIGINT, and what it starts would too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(tiny_run / "model")
     run = make_run(tmp_path, str(tmp_path / "store"))
-    running = subprocess.Popen(command("run", run), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with ctrl_c_is_heard():
+        running = subprocess.Popen(command("run", run), stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_a_record(tmp_path / "store")
     # As a terminal does: to every process of the group.
     os.killpg(running.pid, signal.SIGINT)
@@ -46,9 +59,10 @@ def test_ctrl_c_leaves_nothing_at_a_shared_scheduler_and_a_store_to_go_on_from(t
     (tmp_path / "model").symlink_to(tiny_run / "model")
     run = make_run(tmp_path, str(tmp_path / "store"), {"features": {"block_rows": 2}})
     with SeparateCluster(tmp_path / "cluster", 2, {"PYTHONPATH": str(ROOT)}) as cluster:
-        running = subprocess.Popen(
-            command("run", run, "--scheduler", cluster.address), stderr=subprocess.PIPE, text=True
-        )
+        with ctrl_c_is_heard():
+            running = subprocess.Popen(
+                command("run", run, "--scheduler", cluster.address), stderr=subprocess.PIPE, text=True
+            )
         wait_for_a_record(tmp_path / "store")
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=300)
