@@ -14,7 +14,7 @@ from gradstore.spec import RunSpec
 from gradstore.stages.contribute import contribute
 from gradstore.stages.kernel import build_kernel
 from gradstore.stages.progress import Progress
-from gradstore.store.artifacts import ContributionArtifact
+from gradstore.store.artifacts import ContributionArtifact, WeightsArtifact
 from gradstore.store.dtypes import DtypeName
 from gradstore.store.features import FeatureArray, FeaturePart, FeatureSet, FeatureStore, SetInfo
 from tests import oracle
@@ -122,6 +122,15 @@ def run(spec: RunSpec, engine: object | None = None) -> None:
     """Build the kernel and contribute, in this process."""
     build_kernel(spec, cast(Engine, InThisProcess()), Progress(quiet=True))
     contribute(spec, cast(Engine, engine or InThisProcess()), Progress(quiet=True))
+
+
+def give_weights(store: FeatureStore, weights: Mapping[str, float], name: str = "given") -> None:
+    """Put weights by group into a store, as if they had been learned; without any, as if learning had been stopped."""
+    settings = {"kernel": "block", "queries": "learn", "learner": {}}
+    artifact = WeightsArtifact.create(store.storage, name, settings=settings)
+    if weights:
+        table = pa.table({"group": [*weights], "weight": [*weights.values()]})
+        artifact.write(table, pa.table({"step": pa.array([], pa.int64())}), facts={})
 
 
 class Interrupted(Exception):

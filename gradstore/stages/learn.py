@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from gradstore.spec import RunSpec
 from gradstore.stages.contributions import Contributions
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import WeightsArtifact
+from gradstore.store.backend import Storage
+from gradstore.store.contract import require_equal
 from gradstore.store.features import FeatureArray, FeatureStore
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
     from gradstore.numerics.learner import LearnedWeights, LearnerSettings
     from gradstore.numerics.scores import Transform
+
+# Settings of the learner that follow from C: its shape, and what its scores end in.
+_TOLD_BY_CONTRIBUTIONS: Final = ("tile", "transform")
 
 
 def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
@@ -55,12 +60,7 @@ def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
     artifact = WeightsArtifact.create(
         store.storage,
         spec.learn.name,
-        settings={
-            "learner": asdict(settings),
-            "kernel": spec.kernel.name,
-            "queries": "learn",
-            "contributions": dict(contributions.artifact.settings),
-        },
+        settings={**_made_from(spec, asdict(settings)), "contributions": dict(contributions.artifact.settings)},
     )
     if artifact.is_complete():
         return
@@ -78,6 +78,36 @@ def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
         _trajectory_table(learned),
         facts={"seconds": time.monotonic() - started},
     )
+
+
+def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
+    """Refuse names of weights that a store has already with other settings: as far as is known before there is any C.
+
+    Raises
+    ------
+    ContractError
+        Naming the settings that differ.
+    """
+    for swept in spec.sweep():
+        artifact = WeightsArtifact.find_named(storage, swept.learn.name)
+        if artifact is None:
+            continue
+        learner = asdict(learner_settings(swept, tile=1))
+        asked = _made_from(swept, {name: learner[name] for name in learner if name not in _TOLD_BY_CONTRIBUTIONS})
+        stored = {name: artifact.settings.get(name) for name in asked}
+        stored["learner"] = {name: artifact.settings["learner"].get(name) for name in asked["learner"]}
+        require_equal(
+            f"learn.name: the artifact {storage.url}/{artifact.folder}",
+            stored,
+            asked,
+            remedy=f"Restore these settings, choose another learn.name, or run `gradstore prune {storage.url} "
+            f"{artifact.folder}`: the run then learns anew.",
+        )
+
+
+def _made_from(spec: RunSpec, learner: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights are made from, but for the contributions."""
+    return {"learner": learner, "kernel": spec.kernel.name, "queries": "learn"}
 
 
 def learner_settings(spec: RunSpec, tile: int, transform: Transform = "none") -> LearnerSettings:

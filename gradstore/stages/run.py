@@ -7,11 +7,16 @@ from collections.abc import Callable
 from gradstore.cluster import Engine
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute import contribute
+from gradstore.stages.contribute.artifacts import targets_of
+from gradstore.stages.contribute.products import refuse_weights
 from gradstore.stages.featurize import featurize
 from gradstore.stages.kernel import build_kernel
-from gradstore.stages.learn import learn
+from gradstore.stages.learn import learn, refuse_other_weights
 from gradstore.stages.progress import Progress
 from gradstore.stages.score import score
+from gradstore.store.artifacts import WeightsArtifact
+from gradstore.store.backend import open_storage
+from gradstore.store.features import FeatureStore
 
 Stage = Callable[[RunSpec, Engine, Progress], None]
 
@@ -19,6 +24,29 @@ STAGES = (featurize, build_kernel, contribute, learn, score)
 
 
 def stages_of(spec: RunSpec) -> tuple[Stage, ...]:
-    """Return the stages that a run goes through: where no C is kept nothing is learned, and ranked only by scores alone."""
+    """Return the stages that a run goes through, if those that come last can use the weights that the store has.
+
+    Where no C is kept nothing is learned, and ranked only by scores alone.
+
+    Raises
+    ------
+    NotReadyError
+        If weights that scores are to be made under have not been learned: this run does not.
+    ContractError
+        If these are of other groups, or weights of the name that the run learns were learned otherwise.
+    """
     left_out: dict[str, tuple[Stage, ...]] = {"tensor": (), "scores": (learn,), "streamed": (learn, score)}
-    return tuple(stage for stage in STAGES if stage not in left_out[spec.contribute.mode])
+    stages = tuple(stage for stage in STAGES if stage not in left_out[spec.contribute.mode])
+    # Before work starts: else this is told hours later, when the stage begins that uses them.
+    if learn in stages:
+        refuse_other_weights(spec, open_storage(spec.run.store))
+    if spec.contribute.weights is not None:
+        _refuse_given_weights(spec, spec.contribute.weights)
+    return stages
+
+
+def _refuse_given_weights(spec: RunSpec, name: str) -> None:
+    storage = open_storage(spec.run.store)
+    # First, since where there is no store yet there are no weights either, and featurize brings none.
+    WeightsArtifact.open(storage, name)
+    refuse_weights(FeatureStore.open(storage), spec, targets_of(spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +17,18 @@ from gradstore.store.artifacts import (
     ContributionArtifact,
     ContributionShape,
     KernelArtifact,
+    MomentsArtifact,
+    MomentsShape,
     QueryArtifact,
     QueryShape,
+    SpanMoments,
     SpectraShape,
 )
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureSet
+from gradstore.store.health import mend
 from tests import stores
+from tests.health import check
 
 GROUPS = {"model.layers.0.mlp.up_proj": 6, "..": 2, "a/b": 3, "μ": 1, "zarr.json": 2, "long." * 60: 4}
 
@@ -148,3 +154,69 @@ def test_xarray_opens_contributions_queries_and_spectra(tmp_path: Path) -> None:
     kernel.write_bundle(0, {"a": (np.array([1.0, 2.0]), np.eye(2))}, facts={})
     opened = xarray.open_zarr(str(tmp_path), group="kernels/block/m0/eigenvalues", consolidated=False, chunks=None)
     np.testing.assert_array_equal(opened["a"].values, [1.0, 2.0])
+
+
+def moments(folder: Path, dtype: Literal["float32", "float16"]) -> MomentsArtifact:
+    """Moments of two spans, of queries that differ in size by orders of magnitude; the second span has one row."""
+    shape = MomentsShape(queries=3, groups=("a", "b"), spans=(0, 1, 2), candidates=2, dtype=dtype)
+    scales = np.array([2.0**-20, 1.0, 2.0**15], np.float32)
+    made = MomentsArtifact.create(
+        open_storage(str(folder)),
+        ("block", "learn"),
+        settings={},
+        recorded={"mode": "tensor", "seed": 0},
+        shape=shape,
+        scales=scales if dtype == "float16" else None,
+    )
+    for span in range(2):
+        rng = np.random.default_rng(span)
+        # Eleven bits, which float16 holds.
+        c_QKM = rng.integers(-1024, 1024, (3, 2, 2)).astype(np.float32) * scales[:, None, None]
+        rows_QK = np.tile(np.arange(2), (3, 1))
+        if span == 1:
+            c_QKM[:, 1], rows_QK[:, 1] = np.nan, -1
+        made.write_span(span, SpanMoments(rng.standard_normal((3, 2, 2)), c_QKM, rows_QK), facts={})
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_xarray_opens_moments_and_its_candidates_are_scaled_as_contributions_are(
+    tmp_path: Path, dtype: Literal["float32", "float16"]
+) -> None:
+    made = moments(tmp_path, dtype)
+    expected = [made.read_span(span) for span in range(2)]
+
+    dataset = xarray.open_zarr(str(tmp_path), group="moments/block/learn/values", consolidated=False, chunks=None)
+
+    decoded = dataset["candidates"]
+    assert decoded.dims == ("span", "query", "candidate", "group")
+    assert decoded.attrs["groups"] == ["a", "b"]
+    assert ("scaled_by" in decoded.attrs) == (dtype == "float16")
+    if "scaled_by" in decoded.attrs:
+        decoded = decoded.astype("float32") * dataset[decoded.attrs["scaled_by"]]
+    # The array of scales has the queries only, so that the order of axes is to be kept.
+    decoded = decoded.transpose("span", "query", "candidate", "group")
+    np.testing.assert_array_equal(decoded.values, np.stack([span.candidates for span in expected]))
+    np.testing.assert_array_equal(dataset["rows"].values, np.stack([span.rows for span in expected]))
+    np.testing.assert_array_equal(
+        dataset["second_moments"].values, np.stack([span.second_moments for span in expected])
+    )
+    assert "scaled_by" not in dataset["second_moments"].attrs
+
+
+def test_candidates_of_before_they_named_their_scale_are_read_and_repair_names_it(tmp_path: Path) -> None:
+    stores.create(str(tmp_path), stores.set_info())
+    made = moments(tmp_path, "float16")
+    before = made.read_span(0).candidates
+    metadata = tmp_path / "moments/block/learn/values/candidates/zarr.json"
+    now = metadata.read_bytes()
+    document = json.loads(now)
+    del document["attributes"]["scaled_by"]
+    metadata.write_text(json.dumps(document), encoding="utf-8")
+
+    opened = MomentsArtifact.open(open_storage(str(tmp_path)), ("block", "learn"))
+
+    np.testing.assert_array_equal(opened.read_span(0).candidates, before)
+    mended = mend(check(opened.storage, full=True), dry_run=False)
+    assert mended.metadata == ("moments/block/learn/values/candidates/zarr.json",)
+    assert metadata.read_bytes() == now

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
+from gradstore.cluster import Engine
+from gradstore.errors import ContractError, NotReadyError
 from gradstore.numerics.learner import initial_raw_weights
 from gradstore.plan import contribute as cuts
 from gradstore.plan import sizes
-from gradstore.stages.contribute import artifacts, blocks
-from gradstore.store.artifacts import MomentsArtifact, QueryArtifact, ScoreMatrixArtifact, WeightsArtifact
+from gradstore.stages.contribute import artifacts, blocks, contribute
+from gradstore.stages.kernel import build_kernel
+from gradstore.stages.progress import Progress
+from gradstore.store.artifacts import MomentsArtifact, QueryArtifact, ScoreMatrixArtifact
 from gradstore.store.features import FeatureStore
 from tests import contributing, oracle
 from tests.contributing import expected_c, make_spec, make_store, run, stored_c
+from tests.runs import InThisProcess
+from tests.stores import all_objects
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +187,7 @@ def test_scores_are_those_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None
     run(make_spec(store, model=members))
     c = stored_c(store, "eval")
     weights = np.array([0.1, 0.2, 0.3, 0.4])
-    artifact = WeightsArtifact.create(store.storage, "given", settings={"kernel": "block", "learner": {}})
-    table = pa.table({"group": [*contributing.GROUPS][::-1], "weight": weights[::-1]})
-    artifact.write(table, pa.table({"step": pa.array([], pa.int64())}), facts={})
+    contributing.give_weights(store, dict(zip([*contributing.GROUPS][::-1], weights[::-1], strict=True)))
 
     run(make_spec(store, model=members, contribute={"mode": "scores", "weights": "given"}))
 
@@ -194,3 +197,32 @@ def test_scores_are_those_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None
         expected = oracle.scores(c, weight)
         assert np.nanmax(np.abs(found - expected)) <= 1e-5 * np.nanmax(np.abs(expected))
         assert (np.isnan(found) == np.isnan(expected)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, r"weights/given: there is no such artifact\. Run `gradstore learn` first"),
+        ({}, r"weights/given: not learned to the end\. Run `gradstore learn` again"),
+        ({"a": 0.5, "b": 0.5}, r"weights/given: its groups are not those of features/train: c is in one of them only"),
+    ],
+    ids=["missing", "not learned to the end", "of other groups"],
+)
+@pytest.mark.parametrize("kernel", ["block", "full"])
+def test_weights_that_scores_cannot_be_made_under_leave_the_store_as_it_is(
+    kernel: str, given: dict[str, float] | None, message: str
+) -> None:
+    store = make_store()
+    # Norms are made before any query: they are not to be there either.
+    asked = {"mode": "scores", "weights": "given", "normalize": "cosine"}
+    spec = make_spec(store, kernel={**contributing.KERNEL, "kind": kernel}, contribute=asked)
+    engine, quiet = cast(Engine, InThisProcess()), Progress(quiet=True)
+    build_kernel(spec, engine, quiet)
+    if given is not None:
+        contributing.give_weights(store, given)
+    before = all_objects(store.storage)
+
+    with pytest.raises((NotReadyError, ContractError), match=message):
+        contribute(spec, engine, quiet)
+
+    assert all_objects(store.storage) == before

@@ -172,6 +172,12 @@ def weights_of(store: FeatureStore, target: Target, spec: RunSpec) -> np.ndarray
     return np.array([found[group] for group in groups])
 
 
+def refuse_weights(store: FeatureStore, spec: RunSpec, targets: Sequence[Target]) -> None:
+    """Make sure of all weights of some targets before anything is created: see `weights_of` for what is raised."""
+    for target in targets:
+        weights_of(store, target, spec)
+
+
 def _weigh(rows_QK: np.ndarray, factor_Q: np.ndarray) -> None:
     rows_QK *= factor_Q[:, None]
 

@@ -24,6 +24,7 @@ from gradstore.stages.contribute.artifacts import (
     tiles_of,
 )
 from gradstore.stages.contribute.outputs import score_name, wants_moments
+from gradstore.stages.contribute.products import refuse_weights
 from gradstore.stages.contribute.queries import Target, precondition, refuse_other_groups
 from gradstore.stages.contribute.rows import prepare_rows
 from gradstore.stages.contribute.scales import query_scales
@@ -48,7 +49,8 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     NotReadyError
         If features, spectra or weights are missing.
     ContractError
-        If something of this name was made with other settings, or from sets that have changed, or queries have other groups.
+        If something of this name was made with other settings, or from sets that have changed, or queries or weights have
+        other groups.
     ResourceError
         If a worker has no memory for it.
     """
@@ -56,6 +58,7 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     targets = targets_of(spec)
     for name in dict.fromkeys(target.set_name for target in targets):
         refuse_other_groups(store, name)
+    refuse_weights(store, spec, targets)
     prepare_rows(spec, engine, progress)
     before = _query_tasks(spec, store, targets)
     refuse_sums(spec, store, targets)

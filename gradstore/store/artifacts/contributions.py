@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gradstore.errors import DataError
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
-from gradstore.store.artifacts.rounding import ContributionDtype, QueryRounding
+from gradstore.store.artifacts.rounding import ContributionDtype, QueryRounding, contribution_attributes
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import ObjectEntry, in_parallel
 from gradstore.store.codecs import Payload, encode_chunk
@@ -52,15 +52,12 @@ class ContributionShape(RowBlocks):
 
     def layout(self) -> ArrayLayout:
         """Layout of the array ``c``: chunks of a query tile, a block, and all groups."""
-        attributes: dict[str, Any] = {"groups": list(self.groups)}
-        if self.dtype == "float16":
-            attributes["scaled_by"] = "scale"
         return ArrayLayout(
             shape=(self.queries, self.rows, len(self.groups)),
             chunk_shape=(self.query_tile, self.block_rows, len(self.groups)),
             dtype=self.dtype,
             dimension_names=("query", "example", "group"),
-            attributes=attributes,
+            attributes=contribution_attributes(self.groups, self.dtype),
         )
 
 

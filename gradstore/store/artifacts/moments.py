@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.store.artifacts.artifact import Artifact, ArtifactInfo
-from gradstore.store.artifacts.rounding import ContributionDtype, QueryRounding
+from gradstore.store.artifacts.rounding import ContributionDtype, QueryRounding, contribution_attributes
 from gradstore.store.backend import Storage
 from gradstore.store.codecs import Payload, encode_chunk
 from gradstore.store.commits import Record
@@ -65,17 +65,21 @@ class MomentsShape:
             _CANDIDATES: ((kept, groups), self.dtype, ("candidate", "group")),
             _ROWS: ((kept,), "int64", ("candidate",)),
         }
+        attributes: dict[str, dict[str, Any]] = {
+            _MOMENTS: {"groups": list(self.groups)},
+            _CANDIDATES: contribution_attributes(self.groups, self.dtype),
+            _ROWS: {},
+        }
         found = {}
         for path, (of_query, dtype, names) in shapes.items():
             item = np.dtype(dtype).itemsize
             tile = max(1, min(self.queries, _CHUNK_BYTES // (item * int(np.prod(of_query)))))
-            attributes: dict[str, Any] = {} if path == _ROWS else {"groups": list(self.groups)}
             found[path] = ArrayLayout(
                 shape=(self.num_spans, self.queries, *of_query),
                 chunk_shape=(1, tile, *of_query),
                 dtype=dtype,
                 dimension_names=("span", "query", *names),
-                attributes=attributes,
+                attributes=attributes[path],
                 fill_value=NO_ROW if path == _ROWS else np.nan,
             )
         return found
@@ -98,6 +102,7 @@ class MomentsArtifact(Artifact):
     ``values/second_moments``, float64 [spans, queries, groups, groups], is the sum of C[q, n, :]^T C[q, n, :] over the span's
     rows that are valid, of C as it is stored; ``values/candidates`` [spans, queries, m, groups] are the contributions of the
     rows that score best under the learner's first weights, and ``values/rows``, int64 [spans, queries, m], which they are.
+    Candidates in float16 are to be multiplied by ``values/scale`` [queries].
     """
 
     kind: ClassVar[str] = "moments"

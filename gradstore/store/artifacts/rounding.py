@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +15,8 @@ from gradstore.store.layout import ArrayLayout, chunk_path
 
 ContributionDtype: TypeAlias = Literal["float32", "float16"]
 # Beside the array that it scales.
-_SCALE = "values/scale"
+_SCALE_NAME = "scale"
+_SCALE = f"values/{_SCALE_NAME}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,3 +75,12 @@ class QueryRounding:
     def chunks(self) -> dict[str, Payload]:
         """Chunks of ``values/scale``, by path: known from artifact.json, so that no record names them."""
         return {chunk_path(path, 0): encode_chunk(self.scales, layout) for path, layout in self.layouts().items()}
+
+
+def contribution_attributes(groups: Sequence[str], dtype: ContributionDtype) -> dict[str, Any]:
+    """Zarr attributes of an array of contributions: the groups along its last axis, and what its queries are scaled by.
+
+    ``scaled_by`` names the array beside it, [queries], whose values those of float16 are to be multiplied by.
+    """
+    scaled = {"scaled_by": _SCALE_NAME} if dtype == "float16" else {}
+    return {"groups": list(groups), **scaled}
