@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 
 from gradstore.errors import DataError, SpecError
 from gradstore.numerics.generator import derive_key, normal, permutation, words
@@ -125,8 +125,7 @@ def learn_weights(
     DataError
         If C holds NaN or infinite values.
     """
-    if num_queries < 1:
-        raise SpecError("data.learn: found 0 queries; the weights need at least 1.")
+    refuse_no_query(num_queries)
     descent = Descent(num_queries=num_queries, num_groups=num_groups, settings=settings)
     visits = visit_order(num_queries, settings)
     losses, weights_per_epoch = [], []
@@ -181,13 +180,12 @@ def visit_query(
         piece_NM = piece.astype(np.float64)
         score_N = piece_NM @ weights_M
         if not np.isfinite(score_N).all():
-            _refuse_non_finite(piece_NM, query, num_rows)
+            refuse_non_finite(piece_NM, query, np.arange(num_rows, num_rows + len(piece_NM)))
         best.offer(score_N, piece_NM)
         response_M += score_N @ piece_NM
         squares += float(score_N @ score_N)
         num_rows += len(piece_NM)
-    if k > num_rows:
-        raise SpecError(f"learn.k: found {k}; accepted: 1 to {num_rows}, the number of training examples.")
+    refuse_k_above(num_rows, k)
     return Visit(best.rows_KM.mean(0), response_M, math.sqrt(squares))
 
 
@@ -265,9 +263,22 @@ class _Best:
         self.rows_KM = np.concatenate([self.rows_KM, piece_NM])[order_K]
 
 
-def _refuse_non_finite(piece_NM: Float64[np.ndarray, "N M"], query: int, first_row: int) -> None:
-    row, group = (int(place) for place in np.argwhere(~np.isfinite(piece_NM))[0])
-    raise DataError(
-        f"contributions of query {query}: training row {first_row + row} of group {group} is {piece_NM[row, group]}. "
-        "Such rows must be left out, or the features computed anew."
-    )
+def refuse_no_query(num_queries: int) -> None:
+    """Raise the error of an empty set of queries."""
+    if num_queries < 1:
+        raise SpecError("data.learn: found 0 queries; the weights need at least 1.")
+
+
+def refuse_k_above(num_rows: int, k: int) -> None:
+    """Raise the error of a top k of fewer rows."""
+    if k > num_rows:
+        raise SpecError(f"learn.k: found {k}; accepted: 1 to {num_rows}, the number of training examples.")
+
+
+def refuse_non_finite(c_NM: Float[np.ndarray, "N M"], query: int, rows_N: Int64[np.ndarray, " N"]) -> None:
+    """Raise the error of the first NaN or infinite contribution to a query, if there is one; rows are named as numbered."""
+    for row, group in np.argwhere(~np.isfinite(c_NM))[:1]:
+        raise DataError(
+            f"contributions of query {query}: training row {rows_N[row]} of group {group} is {c_NM[row, group]}. "
+            "Such rows must be left out, or the features computed anew."
+        )

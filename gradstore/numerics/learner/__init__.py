@@ -1,0 +1,40 @@
+"""Algorithm 1 of arXiv 2506.05647: one weight per parameter group, learned without labels from the contributions.
+
+`learn_weights` is the reference: it reads C once per epoch. `learn_certified` gives the same from a few reads in all,
+however many epochs and settings there are.
+"""
+
+from gradstore.numerics.learner.algorithm import (
+    INITIAL_DEVIATION,
+    Descent,
+    LearnedWeights,
+    LearnerSettings,
+    Visit,
+    initial_raw_weights,
+    learn_weights,
+    loss_and_gradient,
+    placing_scores,
+    visit_order,
+    visit_query,
+)
+from gradstore.numerics.learner.certified import Certificate, Certification, CertifiedWeights, learn_certified
+from gradstore.numerics.learner.kept import KeptRows
+
+__all__ = [
+    "INITIAL_DEVIATION",
+    "Certificate",
+    "Certification",
+    "CertifiedWeights",
+    "Descent",
+    "KeptRows",
+    "LearnedWeights",
+    "LearnerSettings",
+    "Visit",
+    "initial_raw_weights",
+    "learn_certified",
+    "learn_weights",
+    "loss_and_gradient",
+    "placing_scores",
+    "visit_order",
+    "visit_query",
+]

@@ -1,0 +1,88 @@
+"""The rows of C that are held in memory, and their scores in float64."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
+
+# Q queries, N rows asked about, K rows kept of a query, M groups, V vectors of weights.
+
+# Rows are turned to float64, or multiplied, in slices of this size.
+SLICE_BYTES = 2 * 2**20
+
+
+class KeptRows:
+    """Rows of C kept of every query, in the order of their numbers. Rows are added, never taken away.
+
+    Parameters
+    ----------
+    rows, c
+        For every query the numbers of its rows [K] and these rows of C_q [K, M], as they are stored: any number of rows, or
+        none. That they are rows of the C that is read is not checked. Numbers below 0 stand for no row
+        (`gradstore.numerics.moments.NO_ROW`).
+    num_groups
+        M.
+    """
+
+    def __init__(
+        self, rows: Sequence[Int64[np.ndarray, " _"]], c: Sequence[Float32[np.ndarray, "_ M"]], *, num_groups: int
+    ) -> None:
+        self._rows = [np.empty(0, np.int64) for _ in rows]
+        self._c = [np.empty((0, num_groups), np.float32) for _ in rows]
+        for query, (rows_K, c_KM) in enumerate(zip(rows, c, strict=True)):
+            self.add(query, rows_K[rows_K >= 0], c_KM[rows_K >= 0])
+
+    def __len__(self) -> int:
+        """Q."""
+        return len(self._rows)
+
+    def rows(self, query: int) -> Int64[np.ndarray, " K"]:
+        """Numbers of a query's rows, ascending."""
+        return self._rows[query]
+
+    def c(self, query: int) -> Float32[np.ndarray, "K M"]:
+        """A query's rows, in the order of their numbers."""
+        return self._c[query]
+
+    def holds(self, query: int, rows_N: Int64[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
+        """Which of some rows of a query are kept."""
+        kept_K = self._rows[query]
+        if not len(kept_K):
+            return np.zeros(len(rows_N), bool)
+        places_N = np.minimum(np.searchsorted(kept_K, rows_N), len(kept_K) - 1)
+        return np.asarray(kept_K[places_N] == rows_N)
+
+    def add(self, query: int, rows_N: Int64[np.ndarray, " N"], c_NM: Float32[np.ndarray, "N M"]) -> None:
+        """Keep more rows of a query; one that is kept already stays as it is."""
+        self._rows[query], places_K = np.unique(np.concatenate([self._rows[query], rows_N]), return_index=True)
+        self._c[query] = np.concatenate([self._c[query], c_NM])[places_K]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows and their numbers."""
+        return sum(rows_K.nbytes + c_KM.nbytes for rows_K, c_KM in zip(self._rows, self._c, strict=True))
+
+    @property
+    def most(self) -> int:
+        """Rows kept of the query that has most."""
+        return max(len(rows_K) for rows_K in self._rows)
+
+
+def exact_scores(
+    c_NM: Float32[np.ndarray, "N M"], weights_VM: Float64[np.ndarray, "V M"]
+) -> Float64[np.ndarray, "N V"]:
+    """C w in float64, of every row and vector of weights."""
+    score_NV = np.empty((len(c_NM), len(weights_VM)))
+    rows = max(1, SLICE_BYTES // (8 * max(1, c_NM.shape[1])))
+    for start in range(0, len(c_NM), rows):
+        score_NV[start : start + rows] = c_NM[start : start + rows].astype(np.float64) @ weights_VM.T
+    return score_NV
+
+
+def top_rows(placing_NV: Float64[np.ndarray, "N V"], k: int) -> Bool[np.ndarray, "N V"]:
+    """The k largest of every column, of equal ones the first; all where there are no more than k."""
+    if len(placing_NV) <= k:
+        return np.ones(placing_NV.shape, bool)
+    kth_V = np.partition(placing_NV, -k, axis=0)[-k]
+    above_NV, equal_NV = placing_NV > kth_V, placing_NV == kth_V
+    return np.asarray(above_NV | (equal_NV & (equal_NV.cumsum(0) <= k - above_NV.sum(0))))
