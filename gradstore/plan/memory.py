@@ -18,10 +18,13 @@ from gradstore.plan.kernels import spectra_bytes, task_bytes
 from gradstore.plan.resolve import ModelShape
 from gradstore.plan.sizes import (
     AUTO_TOKEN_BUDGET,
+    LEARNER_BUFFERS,
     RANKED_ROWS,
     SetPlan,
     Widths,
+    certifies,
     row_scale_bytes,
+    verified_queries,
 )
 from gradstore.spec import RunSpec
 
@@ -143,10 +146,20 @@ class TaskMemory:
         return PROCESS_BYTES + 2 * self._weights + largest + self._largest_of(lambda item: self._pass(tokens, item))
 
     def learn(self, train: SetPlan, queries: SetPlan, tile: int) -> int:
-        """C of one tile of queries, in float32; reading the next the last is still there."""
-        a_tile = 4 * tile * train.rows * len(self._groups)
-        steps = self._spec.learn.epochs * queries.rows
-        return PROCESS_BYTES + a_tile * min(2, math.ceil(queries.rows / tile)) + 200 * steps
+        """A_q, of a span beside the sum, kept rows, weights of every step, and C of two blocks; of a tile where C is streamed.
+
+        ``tile`` is of C's chunks where weights are certified, else of the learner: reading the next the last is still there.
+        """
+        groups, steps = len(self._groups), self._spec.learn.epochs * queries.rows
+        if not certifies(self._spec):
+            a_tile = 4 * tile * train.rows * groups
+            return PROCESS_BYTES + a_tile * min(2, math.ceil(queries.rows / tile)) + 200 * steps
+        verified = verified_queries((queries.rows, groups), train.block_rows, tile)
+        pieces = LEARNER_BUFFERS * 4 * verified * train.block_rows * groups
+        sums = 2 * 8 * queries.rows * groups**2
+        # No more than the whole of C, each row with its number.
+        kept = min(self._spec.learn.memory_bytes, queries.rows * train.rows * (4 * groups + 8))
+        return PROCESS_BYTES + sums + kept + pieces + steps * (24 * groups + 200)
 
     def rank(self, train: SetPlan, queries: SetPlan, tile: tuple[int, int], *, texts: bool) -> int:
         """Two blocks of C, one also in float64, what is kept of it for two rankings of two sides, and any texts for BM25.

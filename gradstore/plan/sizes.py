@@ -37,6 +37,9 @@ KERNEL_BUNDLES = 32
 BUNDLE_BYTES = 2**30
 CONTRIBUTION_CHUNK_BYTES = 8 * 2**20, 32 * 2**20
 LEARNER_TILE_BYTES = 2 * 2**30
+# Blocks of C that certifying weights holds: one is worked on while the next is read; and what each may take.
+LEARNER_BUFFERS = 2
+LEARNER_BUFFER_BYTES = 2**28
 BLOCK_OBJECTS = 3  # of a member: example part, statistics, commit record; the inputs come on top
 SET_OBJECTS = 3  # claim.0.json, set.0.json, and zarr.json of the set
 # Blocks that one task of featurize computes, writing one while the next is computed; fewer where workers would run out.
@@ -277,6 +280,18 @@ def learner_tile(contributions: tuple[int, int, int]) -> int:
     """
     queries, rows, groups = contributions
     return max(1, min(queries, LEARNER_TILE_BYTES // (4 * rows * groups)))
+
+
+def certifies(spec: RunSpec) -> bool:
+    """Whether learn certifies weights, for which A_q must be there; else it streams C once for every epoch."""
+    return spec.learn.method == "certified" and spec.contribute.second_moments
+
+
+def verified_queries(contributions: tuple[int, int], block_rows: int, tile: int) -> int:
+    """Queries whose C, of one block, is verified at once: whole tiles of C's chunks, of [Q, M] = ``contributions`` queries."""
+    queries, groups = contributions
+    tiles = max(1, LEARNER_BUFFER_BYTES // (4 * tile * block_rows * groups))
+    return min(queries, tiles * tile)
 
 
 def query_tile(contributions: tuple[int, int, int], block_rows: int, dtype: DtypeName) -> int:

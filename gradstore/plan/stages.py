@@ -15,6 +15,7 @@ from gradstore.plan.sizes import (
     StagePlan,
     Widths,
     block_tasks,
+    certifies,
     learner_tile,
     query_tile,
     row_scale_bytes,
@@ -120,12 +121,13 @@ def _kernel(spec: RunSpec, widths: Widths, train: SetPlan, memory: TaskMemory) -
 
 
 def _learn(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory) -> StagePlan:
-    """No task: C is streamed in the process that runs the command, under one damping after another.
+    """No task: C is read in the process that runs the command, under one damping after another.
 
     Weights of every epoch, and a row for every step.
     """
     train, queries, kernels = sets["train"], sets["learn"], len(spec.sweep())
-    tile = learner_tile((queries.rows, train.rows, groups))
+    shape = queries.rows, train.rows, groups
+    tile = query_tile(shape, train.block_rows, spec.contribute.dtype) if certifies(spec) else learner_tile(shape)
     return StagePlan(
         name="learn",
         tasks=0,

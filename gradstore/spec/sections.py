@@ -28,6 +28,14 @@ SET_FOLDERS = ("inputs", "examples", "statistics", "blocks", "scales")
 RESERVED_NAMES = {"kernel": "baseline", "learn": "unweighted"}
 
 
+def _bytes(key: str, text: str) -> int:
+    """Number of bytes that a size such as 4GiB or 500MB stands for."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise SpecError(f'{key}: found {text!r}; accepted: a size such as "4GiB" or "500MB".')
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
 class RunSection(Section):
     """[run]: what the run is called, where its store is, and the seed that every random draw is derived from."""
 
@@ -195,14 +203,26 @@ class ContributeSection(Section):
 
 
 class LearnSection(Section):
-    """[learn]: Algorithm 1's settings."""
+    """[learn]: Algorithm 1's settings, and how its weights are found: which changes none of them."""
 
     name: str = Field(default="learned", pattern=NAME)
+    method: Literal["certified", "streamed"] = "certified"
+    memory: str = "1GiB"
     k: int = Field(default=10, ge=1)
     epochs: int = Field(default=10, ge=1)
     learning_rate: float = Field(default=0.01, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     seed: int | None = Field(default=None, ge=0)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most memory for the rows of C that certifying keeps."""
+        return _bytes("learn.memory", self.memory)
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnSection:
+        _bytes("learn.memory", self.memory)
+        return self
 
 
 class TailPatchSection(Section):
@@ -240,12 +260,12 @@ class ClusterSection(Section):
         """Memory that one worker may use: as declared, else its share of this machine's memory."""
         if self.memory_per_worker == "auto":
             return int(psutil.virtual_memory().total * MEMORY_SHARE) // self.num_workers
-        return _bytes(self.memory_per_worker)
+        return _bytes("cluster.memory_per_worker", self.memory_per_worker)
 
     @model_validator(mode="after")
     def _check(self) -> ClusterSection:
         if self.memory_per_worker != "auto":
-            _bytes(self.memory_per_worker)
+            _bytes("cluster.memory_per_worker", self.memory_per_worker)
         if self.kind == "scheduler" and self.address is None:
             raise SpecError('cluster.address: is missing; kind = "scheduler" needs one, such as "tls://host:8786".')
         return self
@@ -286,13 +306,3 @@ class RunSpec(Section):
             )
             for suffix, kernel in self.kernel.suffixes().items()
         ]
-
-
-def _bytes(text: str) -> int:
-    """Number of bytes that a size such as 4GiB or 500MB stands for."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS:
-        raise SpecError(
-            f'cluster.memory_per_worker: found {text!r}; accepted: "auto" or a size such as "4GiB" or "500MB".'
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])

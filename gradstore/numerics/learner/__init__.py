@@ -11,6 +11,7 @@ from gradstore.numerics.learner.algorithm import (
     LearnerSettings,
     Visit,
     initial_raw_weights,
+    initial_weights,
     learn_weights,
     loss_and_gradient,
     placing_scores,
@@ -18,7 +19,7 @@ from gradstore.numerics.learner.algorithm import (
     visit_query,
 )
 from gradstore.numerics.learner.certified import Certificate, Certification, CertifiedWeights, learn_certified
-from gradstore.numerics.learner.kept import KeptRows
+from gradstore.numerics.learner.kept import KeptRows, best_rows
 
 __all__ = [
     "INITIAL_DEVIATION",
@@ -30,7 +31,9 @@ __all__ = [
     "LearnedWeights",
     "LearnerSettings",
     "Visit",
+    "best_rows",
     "initial_raw_weights",
+    "initial_weights",
     "learn_certified",
     "learn_weights",
     "loss_and_gradient",

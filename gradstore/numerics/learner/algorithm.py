@@ -148,6 +148,12 @@ def initial_raw_weights(num_groups: int, *, seed: int) -> Float64[np.ndarray, " 
     return np.asarray(INITIAL_DEVIATION * standard_1M[0])
 
 
+def initial_weights(num_groups: int, *, seed: int) -> Float64[np.ndarray, " M"]:
+    """Weights at the start, softmax(w_raw)."""
+    weights_M = np.exp(initial_raw_weights(num_groups, seed=seed))
+    return np.asarray(weights_M / weights_M.sum())
+
+
 def visit_order(num_queries: int, settings: LearnerSettings) -> list[tuple[int, int]]:
     """(epoch, query) of all E * Q visits: each epoch permutes the tiles of queries, then the queries inside a tile."""
     visits = []

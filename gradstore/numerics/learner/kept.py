@@ -1,9 +1,12 @@
 """The rows of C that are held in memory, and their scores in float64."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
+
+from gradstore.numerics.learner.algorithm import placing_scores
+from gradstore.numerics.scores import Transform
 
 # Q queries, N rows asked about, K rows kept of a query, M groups, V vectors of weights.
 
@@ -66,6 +69,41 @@ class KeptRows:
     def most(self) -> int:
         """Rows kept of the query that has most."""
         return max(len(rows_K) for rows_K in self._rows)
+
+
+def best_rows(
+    choices: Iterable[tuple[Int64[np.ndarray, "Q X"], Float32[np.ndarray, "Q X M"]]],
+    weights_M: Float64[np.ndarray, " M"],
+    *,
+    count: int,
+    transform: Transform,
+) -> KeptRows:
+    """Of every query the rows that score best under some weights, from several choices of them; of equal ones the first.
+
+    Parameters
+    ----------
+    choices
+        Numbers of rows, below 0 where there is none, and these rows of C: every row in one choice at most.
+    weights_M
+        The weights.
+    count
+        Rows to keep of every query.
+    transform
+        What scores are ranked by: see `placing_scores`.
+    """
+    rows: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
+    for rows_QX, c_QXM in choices:
+        for query, (rows_X, c_XM) in enumerate(zip(rows_QX, c_QXM, strict=True)):
+            real_X = rows_X >= 0
+            if query == len(rows):
+                rows.append(np.empty(0, np.int64))
+                kept.append(np.empty((0, len(weights_M)), np.float32))
+            rows_Y, c_YM = np.concatenate([rows[query], rows_X[real_X]]), np.concatenate([kept[query], c_XM[real_X]])
+            score_Y1 = exact_scores(c_YM, weights_M[None])
+            best_Y = top_rows(placing_scores(score_Y1, transform), count)[:, 0]
+            rows[query], kept[query] = rows_Y[best_Y], c_YM[best_Y]
+    return KeptRows(rows, kept, num_groups=len(weights_M))
 
 
 def exact_scores(

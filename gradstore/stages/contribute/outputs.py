@@ -295,7 +295,7 @@ def wants_moments(spec: RunSpec, target: Target) -> bool:
 
 
 def _open_moments(store: FeatureStore, spec: RunSpec, target: Target, of: tuple[int, Sequence[int]]) -> Moments | None:
-    from gradstore.numerics.learner import initial_raw_weights
+    from gradstore.numerics.learner import initial_weights
 
     if not wants_moments(spec, target):
         return None
@@ -308,8 +308,7 @@ def _open_moments(store: FeatureStore, spec: RunSpec, target: Target, of: tuple[
         )
     if span not in artifact.missing_units():
         return None
-    raw_M = initial_raw_weights(len(artifact.shape.groups), seed=artifact.info.recorded["seed"])
-    weights_M = np.exp(raw_M) / np.exp(raw_M).sum()
+    weights_M = initial_weights(len(artifact.shape.groups), seed=artifact.info.recorded["seed"])
     train = store.open_set("train")
     trains = [train.of_member(member) for member in spec.model.etas]
     return Moments(artifact, span, trains, weights_M, score_transform(store.contract["model"]["output"]))

@@ -1,29 +1,27 @@
-"""learn: C -> w[j]. Streams the contributions of the learn queries and fits one weight per parameter group."""
+"""learn: C -> w[j]. Fits one weight per parameter group to the contributions of the learn queries."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
 
 from gradstore.cluster import Engine
 from gradstore.errors import SpecError
 from gradstore.plan.sizes import learner_tile
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import Contributions
+from gradstore.stages.learn.methods import Found, certified, streamed
+from gradstore.stages.learn.tables import trajectory_table, weights_table
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.backend import Storage
 from gradstore.store.contract import require_equal
-from gradstore.store.features import FeatureArray, FeatureStore
+from gradstore.store.features import FeatureStore
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from gradstore.numerics.learner import LearnedWeights, LearnerSettings
+    from gradstore.numerics.learner import LearnerSettings
     from gradstore.numerics.scores import Transform
 
 # Settings of the learner that follow from C: its shape, and what its scores end in.
@@ -49,8 +47,6 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
 
 
 def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
-    from gradstore.numerics.learner import learn_weights
-
     contributions = Contributions.open(store, spec.kernel.name, "learn")
     shape = contributions.artifact.shape
     if spec.learn.k > shape.num_examples:
@@ -65,19 +61,23 @@ def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
     if artifact.is_complete():
         return
     started = time.monotonic()
-    with progress.stage(f"learn {spec.learn.name}", settings.epochs * shape.queries, "steps") as advance:
-        learned = learn_weights(
-            TileReader(contributions, settings.tile, advance).read,
-            num_queries=shape.queries,
-            num_groups=len(shape.groups),
-            settings=settings,
-        )
+    learned, facts = _find(spec, contributions, settings, progress)
     arrays = {array.name: array for array in store.open_set("train").info.arrays}
     artifact.write(
-        _weights_table([arrays[name] for name in shape.groups], learned),
-        _trajectory_table(learned),
-        facts={"seconds": time.monotonic() - started},
+        weights_table([arrays[name] for name in shape.groups], learned),
+        trajectory_table(learned),
+        facts={"seconds": time.monotonic() - started, **facts},
     )
+
+
+def _find(spec: RunSpec, contributions: Contributions, settings: LearnerSettings, progress: Progress) -> Found:
+    """Certify the weights, if the run asks for it and it can be done; else stream, and say why."""
+    if spec.learn.method == "certified":
+        found = certified(contributions, settings, spec.learn.memory_bytes, progress)
+        if not isinstance(found, str):
+            return found
+        progress.note(f"weights are not certified but streamed, in {settings.epochs} reads of C: {found}")
+    return streamed(contributions, settings, progress)
 
 
 def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
@@ -122,58 +122,4 @@ def learner_settings(spec: RunSpec, tile: int, transform: Transform = "none") ->
         seed=spec.run.seed if spec.learn.seed is None else spec.learn.seed,
         tile=tile,
         transform=transform,
-    )
-
-
-class TileReader:
-    """Gives the valid rows of C_q block by block; holds the tile that q is in, because visits stay inside a tile."""
-
-    def __init__(self, contributions: Contributions, size: int, advance: Callable[[int], None]) -> None:
-        self._contributions = contributions
-        self._size = size
-        self._advance = advance
-        self._tile = -1
-        self._blocks: list[np.ndarray] = []
-
-    def read(self, query: int) -> Iterator[np.ndarray]:
-        """Pieces [rows, M] of one query's contributions, in row order."""
-        self._advance(1)
-        if query // self._size != self._tile:
-            self._tile = query // self._size
-            first = self._tile * self._size
-            last = min(first + self._size, self._contributions.artifact.shape.queries)
-            self._blocks = [c_QNM for _, c_QNM in self._contributions.read_blocks(first, last)]
-        for block in self._blocks:
-            yield block[query % self._size]
-
-
-def _weights_table(arrays: list[FeatureArray], learned: LearnedWeights) -> pa.Table:
-    import pyarrow as pa
-
-    return pa.table(
-        {
-            "group": pa.array([array.name for array in arrays], pa.string()),
-            "depth": pa.array([array.depth for array in arrays], pa.int64()),
-            "function": pa.array([array.function for array in arrays], pa.string()),
-            "weight": pa.array(learned.weights, pa.float64()),
-        }
-    )
-
-
-def _trajectory_table(learned: LearnedWeights) -> pa.Table:
-    """One row per step; weights at the steps that end an epoch, because those of every step would be E Q M numbers."""
-    import pyarrow as pa
-
-    steps, queries = len(learned.visits), len(learned.visits) // len(learned.weights_per_epoch)
-    weights = [
-        learned.weights_per_epoch[step // queries] if (step + 1) % queries == 0 else None for step in range(steps)
-    ]
-    return pa.table(
-        {
-            "step": pa.array(range(steps), pa.int64()),
-            "epoch": pa.array([epoch for epoch, _ in learned.visits], pa.int64()),
-            "query": pa.array([query for _, query in learned.visits], pa.int64()),
-            "loss": pa.array(learned.losses, pa.float64()),
-            "weights": pa.array(weights, pa.list_(pa.float64())),
-        }
     )

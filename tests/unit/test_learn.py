@@ -1,0 +1,94 @@
+"""learn: weights of stores in memory are certified in a few reads of C, or streamed where that cannot be, which is said."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from gradstore.cluster import Engine
+from gradstore.errors import SpecError
+from gradstore.plan import sizes
+from gradstore.stages.learn import learn
+from gradstore.stages.progress import Progress
+from gradstore.store.artifacts import WeightsArtifact
+from gradstore.store.features import FeatureStore
+from tests import contributing
+from tests.contributing import make_spec, make_store
+from tests.runs import InThisProcess
+
+LEARN = {"k": 3, "epochs": 4, "learning_rate": 0.3}
+
+
+def weights_of(
+    store: FeatureStore, name: str, tables: dict[str, dict[str, Any]] | None = None, **settings: Any
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Weights that are learned of a store with C, and what the record says of them."""
+    spec = make_spec(store, **{**(tables or {}), "learn": {**LEARN, "name": name, **settings}})
+    learn(spec, cast(Engine, InThisProcess()), Progress())
+    artifact = WeightsArtifact.open(store.storage, name)
+    return artifact.read()["weight"].to_numpy(), dict(artifact.log.require(0, "not written").facts)
+
+
+@pytest.mark.parametrize("invalid", [(), (2, 9)], ids=["all rows", "rows that are not valid"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_certified_weights_are_those_of_streaming_c(
+    dtype: str, invalid: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, tables = make_store(invalid=invalid), {"contribute": {"dtype": dtype}}
+    contributing.run(make_spec(store, **tables))
+
+    certified, facts = weights_of(store, "certified", tables)
+    streamed, other = weights_of(store, "streamed", tables, method="streamed")
+
+    np.testing.assert_allclose(certified, streamed, rtol=1e-5)
+    assert np.ptp(certified) > 0.05
+    assert (facts["method"], other["method"], other["reads"]) == ("certified", "streamed", 4)
+    assert 1 <= facts["reads"] <= 4
+    assert facts["added"][-1] == 0
+    assert facts["kept_rows"] >= 3
+    assert facts["norm_error"] < 1e-5
+    assert f"certified by {facts['reads']} reads of C" in capsys.readouterr().err
+
+
+def test_c_is_verified_in_whole_tiles_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store()
+    contributing.run(make_spec(store))
+    whole, _ = weights_of(store, "whole")
+
+    monkeypatch.setattr(sizes, "LEARNER_BUFFER_BYTES", 2 * 4 * 8 * len(contributing.GROUPS))
+    monkeypatch.setattr(
+        "gradstore.stages.learn.methods.verified_queries", lambda of, rows, tile: sizes.verified_queries(of, rows, 1)
+    )
+
+    assert sizes.verified_queries((5, 4), 8, 1) == 2
+    np.testing.assert_array_equal(weights_of(store, "in-parts")[0], whole)
+
+
+@pytest.mark.parametrize(
+    ("tables", "settings", "message"),
+    [
+        ({"contribute": {"second_moments": False}}, {}, "contribute.second_moments was false"),
+        ({}, {"memory": "100B"}, "needs more rows than 100 bytes hold"),
+    ],
+    ids=["no moments", "no room"],
+)
+def test_weights_that_cannot_be_certified_are_streamed_and_that_is_said(
+    tables: dict[str, dict[str, Any]], settings: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store()
+    contributing.run(make_spec(store, **tables))
+
+    found, facts = weights_of(store, "learned", tables, **settings)
+
+    assert facts["method"] == "streamed"
+    said = capsys.readouterr().err
+    assert f"weights are not certified but streamed, in {LEARN['epochs']} reads of C" in said
+    assert message in said
+    np.testing.assert_array_equal(found, weights_of(store, "streamed", tables, method="streamed")[0])
+
+
+def test_memory_is_a_size() -> None:
+    with pytest.raises(SpecError, match=r"learn\.memory: found 'much'; accepted: a size such as"):
+        make_spec(make_store(), learn={"memory": "much"})
