@@ -108,15 +108,16 @@ class Submission:
             if before not in groups:
                 self._groups += 1
                 groups[before] = f"{re.sub(r'-[0-9]+$', '', name)}-{self._run}-{self._groups}"
-        keys: dict[str, Any] = {name: future.key for name, future in self._futures.items()}
-        keys |= {name: (groups[before], name) for name, before in awaited.items()}
+        keys = {name: (groups[before], name) for name, before in awaited.items()}
+        # Dask takes the key of what is not in this graph for a plain value, and waits for its future alone.
+        nodes: dict[str, Any] = {**self._futures, **keys}
         graph: dict[tuple[str, str], Any] = {}
         for name, before in awaited.items():
             task = self._tasks[name]
             work = partial(attempt, task.function, task.arguments)
             if before:
                 waiting = f"gate-{groups[before]}", "gate"
-                graph[waiting] = (gate, *(keys[other] for other in before))
+                graph[waiting] = (gate, *(nodes[other] for other in before))
                 graph[keys[name]] = (work, waiting)
             else:
                 graph[keys[name]] = (work,)

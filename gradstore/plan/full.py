@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from gradstore.numerics.kernel import Full
 
 _CHECKSUM_BYTES: Final = 4
+# Rows of one group that the dual route holds while the others pass by.
+_PANEL_BYTES: Final = 256 * 2**20
 # Part of a worker's memory that the coefficients of one query set and member may take.
 _COEFFICIENT_SHARE: Final = 0.5
 
@@ -89,15 +91,36 @@ def full_stage(spec: RunSpec, widths: Widths, train: SetPlan, reading_bytes: int
         # The rotation, and a record for the basis and for each block.
         objects += 2 + 1 + train.blocks
         written += 8 * dimensions * eigenvalues + _CHECKSUM_BYTES
-    side_by_side = item * train.block_rows * shape[1] * (members if route == "low_rank" else 1)
+    largest = route_memory(route, *shape, kernel.rank + kernel.oversample)
+    if route == "dual":
+        largest = max(largest, _row_gram_bytes(widths, train, item))
+    else:
+        largest += item * train.block_rows * shape[1] * (members if route == "low_rank" else 1)
     return StagePlan(
         name="kernel",
         tasks=kernels * _num_tasks(spec, kernel, route, len(widths.full), train, shape),
         # zarr.json of full-kernels and of the route.
         objects=2 + kernels * objects,
         written_bytes=kernels * written,
-        task_memory_bytes=reading_bytes + side_by_side + route_memory(route, *shape, kernel.rank + kernel.oversample),
+        task_memory_bytes=reading_bytes + largest,
     )
+
+
+def panel_blocks(block_bytes: int) -> int:
+    """Return how many consecutive blocks of a group's features the dual route holds at once."""
+    return max(1, _PANEL_BYTES // block_bytes)
+
+
+def _row_gram_bytes(widths: Widths, train: SetPlan, item: int) -> int:
+    """Memory of summing a Gram matrix of rows, beside a task's process and the features that it reads.
+
+    The sum; rows of a group that are held, two blocks as they pass by, and a product; or the sum once more as it is written.
+    """
+    passing = 0
+    for width in set(widths.full):
+        held = min(train.rows, train.block_rows * panel_blocks(item * train.block_rows * width))
+        passing = max(passing, item * (width * (held + 2 * train.block_rows) + held**2))
+    return 8 * train.rows**2 + max(passing, 8 * train.rows**2)
 
 
 def full_influence_bytes(spec: RunSpec, widths: Widths, train: SetPlan) -> int:

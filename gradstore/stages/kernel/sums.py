@@ -5,10 +5,11 @@ A task that finds committed what it is to make returns at once, so that a kernel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from gradstore.plan.full import panel_blocks
 from gradstore.stages.full_kernel import SideBySide, valid_rows
 from gradstore.stages.reading import members_of
 from gradstore.store.artifacts import FullKernelArtifact, PartialsArtifact
@@ -18,8 +19,6 @@ from gradstore.store.features import FeatureSet, FeatureStore
 GRAM = "gram"
 POWER = "power"
 BASIS = "basis"
-# Rows of one group that are held while the others pass by.
-_PANEL_BYTES = 256 * 2**20
 
 Place = tuple[str, str, str]
 """Name and member of a full kernel, and what the run that builds it calls it: two at once have partial sums of their own."""
@@ -184,30 +183,35 @@ def _gram_of_blocks(read: SideBySide, blocks: Sequence[int]) -> np.ndarray:
 
 def _gram_of_groups(read: SideBySide, groups: Sequence[str]) -> np.ndarray:
     """Phi_j Phi_j^T [rows, rows], summed over some groups."""
-    from gradstore.numerics.kernel.full import add_row_gram, mirror
+    from gradstore.numerics.kernel.full import mirror
 
-    info = read.info
-    gram = np.zeros((info.rows, info.rows))
+    gram = np.zeros((read.info.rows, read.info.rows))
     for group in groups:
-        for panel in _panels(read, group):
-            # A panel's rows against themselves, then against those that come after it: each pair of rows meets once.
-            first, last = info.block_range(panel[0])[0], info.block_range(panel[-1])[1]
-            held = np.zeros((last - first, read.widths[group]), read.dtype)
-            for block, rows in read.of(group).blocks(range(panel[0], info.num_blocks)):
-                start, stop = info.block_range(block)
-                if block in panel:
-                    held[start - first : stop - first] = rows
-                else:
-                    add_row_gram(gram[first:last, start:stop], held, rows)
-                if block == panel[-1]:
-                    add_row_gram(gram[first:last, first:last], held, held)
+        _add_rows(gram, read.of(group))
     mirror(gram)
     return gram
 
 
-def _panels(read: SideBySide, group: str) -> Iterator[range]:
-    """Consecutive blocks whose rows of a group take about _PANEL_BYTES."""
-    block_bytes = read.info.block_rows * read.widths[group] * read.dtype.itemsize
-    step = max(1, _PANEL_BYTES // block_bytes)
-    for start in range(0, read.info.num_blocks, step):
-        yield range(start, min(start + step, read.info.num_blocks))
+def _add_rows(gram: np.ndarray, read: SideBySide) -> None:
+    """Add Phi_j Phi_j^T of one group to what is on and above the diagonal of a sum."""
+    from gradstore.numerics.kernel.full import add_row_gram
+
+    info, width = read.info, read.edges[-1]
+    step = panel_blocks(info.block_rows * width * read.dtype.itemsize)
+    # One panel after another in the same memory: two would be held where the next is made.
+    memory = np.empty((min(info.rows, step * info.block_rows), width), read.dtype)
+    for begun in range(0, info.num_blocks, step):
+        # A panel's rows against themselves, then against those that come after it: each pair of rows meets once.
+        panel = range(begun, min(begun + step, info.num_blocks))
+        first, last = info.block_range(panel[0])[0], info.block_range(panel[-1])[1]
+        held = memory[: last - first]
+        # There are no rows in gaps.
+        held.fill(0)
+        for block, rows in read.blocks(range(begun, info.num_blocks)):
+            start, stop = info.block_range(block)
+            if block in panel:
+                held[start - first : stop - first] = rows
+            else:
+                add_row_gram(gram[first:last, start:stop], held, rows)
+            if block == panel[-1]:
+                add_row_gram(gram[first:last, first:last], held, held)
