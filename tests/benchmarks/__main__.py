@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_contributions, bench_featurize, bench_kernel, bench_store
+from tests.benchmarks import bench_contributions, bench_featurize, bench_kernel, bench_learner, bench_store
 
-BENCHMARKS = (bench_featurize, bench_kernel, bench_contributions, bench_store)
+BENCHMARKS = (bench_featurize, bench_kernel, bench_contributions, bench_learner, bench_store)
 
 
 def main() -> None:

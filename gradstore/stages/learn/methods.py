@@ -44,7 +44,7 @@ def certified(
     if isinstance(moments, str):
         return moments
     second_moments_QMM, kept = first_guess(moments, settings)
-    reads = _Reads(contributions, progress)
+    reads = Reads(contributions, progress)
     # Two threads that wait for each other take longer than one, and sums are in one order.
     with one_thread():
         outcome = learn_certified(second_moments_QMM, kept, reads.read, settings=[settings], limit_bytes=limit_bytes)
@@ -118,7 +118,7 @@ def _moments_of(contributions: Contributions) -> MomentsArtifact | str:
     return moments
 
 
-class _Reads:
+class Reads:
     """Reads C of the learning queries, some whole tiles of them at a time, block by block through two buffers."""
 
     def __init__(self, contributions: Contributions, progress: Progress) -> None:
