@@ -39,7 +39,7 @@ CONTRIBUTION_CHUNK_BYTES = 8 * 2**20, 32 * 2**20
 LEARNER_TILE_BYTES = 2 * 2**30
 # Blocks of C that certifying weights holds: one is worked on while the next is read; and what each may take.
 LEARNER_BUFFERS = 2
-LEARNER_BUFFER_BYTES = 2**28
+LEARNER_BUFFER_BYTES = 2**25
 BLOCK_OBJECTS = 3  # of a member: example part, statistics, commit record; the inputs come on top
 SET_OBJECTS = 3  # claim.0.json, set.0.json, and zarr.json of the set
 # Blocks that one task of featurize computes, writing one while the next is computed; fewer where workers would run out.

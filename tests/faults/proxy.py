@@ -72,6 +72,7 @@ class FaultyProxy:
         self._server = found.hostname, found.port
         self._rates = dict(rates)
         self._random = random.Random(seed)
+        self._serving: set[asyncio.Task[None] | None] = set()
         self.injected: Counter[str] = Counter()
         self.url = ""
 
@@ -110,6 +111,8 @@ class FaultyProxy:
         await asyncio.sleep(0.1)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # The loop holds a connection's task by its transport alone, and lets go of that when a client is gone.
+        self._serving.add(task := asyncio.current_task())
         try:
             # A client that is killed, or that this proxy has cut off, may be gone at any moment.
             with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -121,6 +124,8 @@ class FaultyProxy:
         except asyncio.CancelledError:
             # What a dead client never reads would keep a transport that is only closed.
             _reset(writer)
+        finally:
+            self._serving.discard(task)
 
     async def _answer(
         self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: str | None

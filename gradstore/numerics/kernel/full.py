@@ -136,8 +136,8 @@ def hold_rows(eigenvalues_R: Float64[np.ndarray, " R"], num_rows: int, shift: fl
     is what is lost by taking them. What is lost by leaving them out is what rounding has mixed with them of the last
     that is taken. With eps the rounding of a product, these are, relative to C,
 
-    .. math:: \epsilon rac{s_{max}}{\lambda} \quad 	ext{and} \quad
-        \epsilon \sqrt{rac{s_{max}}{s_{min}}} rac{s_{max}}{s_{min} + \lambda}
+    .. math:: \epsilon \frac{s_{max}}{\lambda} \quad \text{and} \quad
+        \epsilon \sqrt{\frac{s_{max}}{s_{min}}} \frac{s_{max}}{s_{min} + \lambda}
 
     Parameters
     ----------

@@ -21,6 +21,8 @@ UNDERFLOW = 2.0**-125
 LEAST_WEIGHT = 2.0**-101
 # Units of scores are at most 2 to this.
 LARGEST_EXPONENT = 100
+# A few visits' scores of rows that fit in a core's cache take two thirds of the time of many rows at once.
+ROWS_PER_PRODUCT = 256
 # Zero norms are equal.
 LEAST_NORM = float(np.finfo(np.float64).tiny)
 # Group norms come from A_q, whose products are float32.
@@ -98,7 +100,10 @@ class Screen:
     def scores(self, c_NM: Float32[np.ndarray, "N M"]) -> Float32[np.ndarray, "N V"]:
         """The placing scores of a slice, in units of the visit's; their squares are summed."""
         with np.errstate(over="ignore", invalid="ignore"):
-            score_NV = c_NM @ self._weights_MV
+            score_NV = np.empty((len(c_NM), self._weights_MV.shape[1]), np.float32)
+            for start in range(0, len(c_NM), ROWS_PER_PRODUCT):
+                rows = slice(start, start + ROWS_PER_PRODUCT)
+                np.matmul(c_NM[rows], self._weights_MV, out=score_NV[rows])
             self._squares_V += np.einsum("nv,nv->v", score_NV, score_NV)
         if self._square_V.any():
             np.abs(score_NV, out=score_NV, where=self._square_V)
