@@ -8,10 +8,12 @@ from gradstore.spec import RunSpec
 DAS = "das"
 # Kernels that are the inverse of a damped Gram matrix: under another one, leverage means nothing.
 LEVERAGE_KERNELS = ("block", "full")
+# Objectives of the learner that need the lowest scores, too.
+LOWEST_OBJECTIVES = ("bottom", "gap")
 
 
 def refuse_combinations(spec: RunSpec, output: str | None) -> None:
-    """Refuse a kernel or normalisation that is not defined for an output function, and norms that are no norms.
+    """Refuse a kernel, normalisation or objective that is not defined for an output function, and norms that are no norms.
 
     Raises
     ------
@@ -28,6 +30,11 @@ def refuse_combinations(spec: RunSpec, output: str | None) -> None:
         raise SpecError(
             f'contribute.normalize: found "{normalize}" with model.output = "das", whose own factor r_n / (1 - h_n) it would '
             "undo. Leave contribute.normalize out."
+        )
+    if output == DAS and spec.learn.objective in LOWEST_OBJECTIVES:
+        raise SpecError(
+            f'learn.objective: found "{spec.learn.objective}" with model.output = "das", whose scores are squared in the end: they '
+            'have no negative end. Set learn.objective = "top" or "unnormalized".'
         )
     negative = [f"{member} ({eta})" for member, eta in spec.model.etas.items() if eta < 0]
     if normalize != "none" and negative:

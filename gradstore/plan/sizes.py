@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from gradstore.groups import ParameterGroup, Part
+from gradstore.plan.combinations import LOWEST_OBJECTIVES
 from gradstore.plan.resolve import ModelShape
 from gradstore.spec import FeaturesSection, RunSpec
 from gradstore.store.dtypes import DTYPES, DtypeName
@@ -284,7 +285,8 @@ def learner_tile(contributions: tuple[int, int, int]) -> int:
 
 def certifies(spec: RunSpec) -> bool:
     """Whether learn certifies weights, for which A_q must be there; else it streams C once for every epoch."""
-    return spec.learn.method == "certified" and spec.contribute.second_moments
+    top_alone = spec.learn.objective not in LOWEST_OBJECTIVES
+    return spec.learn.method == "certified" and top_alone and spec.contribute.second_moments
 
 
 def verified_queries(contributions: tuple[int, int], block_rows: int, tile: int) -> int:

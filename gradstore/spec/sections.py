@@ -206,6 +206,7 @@ class LearnSection(Section):
     """[learn]: Algorithm 1's settings, and how its weights are found: which changes none of them."""
 
     name: str = Field(default="learned", pattern=NAME)
+    objective: Literal["top", "bottom", "gap", "unnormalized"] = "top"
     method: Literal["certified", "streamed"] = "certified"
     memory: str = "1GiB"
     k: int = Field(default=10, ge=1)

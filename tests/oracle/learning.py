@@ -26,12 +26,18 @@ def top(scores_n: Array, k: int) -> list[int]:
     return sorted(range(len(scores_n)), key=lambda row: (-scores_n[row], row))[:k]
 
 
-def loss(c_nm: Tensor, raw: Tensor, k: int, *, square: bool = False) -> Tensor:
+def loss(c_nm: Tensor, raw: Tensor, k: int, *, square: bool = False, objective: str = "top") -> Tensor:
     """Algorithm 1's loss of one query, differentiable in w_raw; of |S| where scores are squared in the end."""
     score: Tensor = c_nm @ torch.softmax(raw, 0)
     score = score.abs() if square else score
-    chosen = top(score.detach().numpy(), k)
-    return -torch.mean((score / torch.linalg.norm(score))[chosen])
+    highest, lowest = top(score.detach().numpy(), k), top(-score.detach().numpy(), k)
+    if objective != "unnormalized":
+        score = score / torch.linalg.norm(score)
+    if objective == "bottom":
+        return torch.mean(score[lowest])
+    if objective == "gap":
+        return torch.mean(score[lowest]) - torch.mean(score[highest])
+    return -torch.mean(score[highest])
 
 
 def learn(
@@ -43,6 +49,7 @@ def learn(
     learning_rate: float,
     weight_decay: float,
     square: bool = False,
+    objective: str = "top",
 ) -> tuple[Array, list[float]]:
     """Algorithm 1 on a dense C [Q, N, M], by autograd and torch's own optimizer and schedule; w and every loss."""
     parameter = nn.Parameter(torch.tensor(raw, dtype=torch.float64))
@@ -55,7 +62,7 @@ def learn(
         if not (c_nm @ torch.softmax(parameter.detach(), 0)).any():
             losses.append(math.nan)
             continue
-        value = loss(c_nm, parameter, k, square=square)
+        value = loss(c_nm, parameter, k, square=square, objective=objective)
         optimizer.zero_grad()
         torch.autograd.backward(value)
         optimizer.param_groups[0]["lr"] = rate

@@ -105,7 +105,7 @@ def by_moments(c: np.ndarray, learner: LearnerSettings, noise: float) -> dict[st
     losses, weights = [], []
     for _, query in visit_order(len(c), learner):
         w = descent.weights
-        visit = visit_query([c[query]], w, k=learner.k, query=query, transform=learner.transform)
+        visit = visit_query([c[query]], w, learner, query=query)
         norm = np.sqrt(max(0.0, w @ a[query] @ w))
         losses.append(descent.step(visit._replace(response=a[query] @ w, norm=float(norm))))
         weights.append(descent.weights)
@@ -161,6 +161,7 @@ def cases(draw: st.DrawFn) -> Case:
         seed=st.integers(0, 2),
         tile=st.integers(1, 3),
         transform=st.just(transform),
+        objective=st.sampled_from(["top", "unnormalized"]),
     )
     return Case(
         shape=(draw(st.integers(1, 4)), rows, draw(st.integers(1, 6))),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
 
 from gradstore.cluster import Engine
 from gradstore.errors import SpecError
+from gradstore.numerics.learner import ENDS
 from gradstore.plan import sizes
+from gradstore.plan.combinations import LOWEST_OBJECTIVES
+from gradstore.spec.sections import LearnSection
 from gradstore.stages.learn import learn
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import WeightsArtifact
@@ -71,8 +74,10 @@ def test_c_is_verified_in_whole_tiles_of_queries(monkeypatch: pytest.MonkeyPatch
     [
         ({"contribute": {"second_moments": False}}, {}, "contribute.second_moments was false"),
         ({}, {"memory": "100B"}, "needs more rows than 100 bytes hold"),
+        ({}, {"objective": "gap"}, "its objective 'gap' asks for the lowest scores too"),
+        ({}, {"objective": "bottom"}, "its objective 'bottom' asks for the lowest scores too"),
     ],
-    ids=["no moments", "no room"],
+    ids=["no moments", "no room", "gap", "bottom"],
 )
 def test_weights_that_cannot_be_certified_are_streamed_and_that_is_said(
     tables: dict[str, dict[str, Any]], settings: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
@@ -86,7 +91,12 @@ def test_weights_that_cannot_be_certified_are_streamed_and_that_is_said(
     said = capsys.readouterr().err
     assert f"weights are not certified but streamed, in {LEARN['epochs']} reads of C" in said
     assert message in said
-    np.testing.assert_array_equal(found, weights_of(store, "streamed", tables, method="streamed")[0])
+    np.testing.assert_array_equal(found, weights_of(store, "streamed", tables, **settings, method="streamed")[0])
+
+
+def test_objectives_that_need_the_lowest_scores_are_those_that_the_plan_knows() -> None:
+    assert {objective for objective, ends in ENDS.items() if -1 in ends} == {*LOWEST_OBJECTIVES}
+    assert set(ENDS) == set(get_args(LearnSection.model_fields["objective"].annotation))
 
 
 def test_memory_is_a_size() -> None:

@@ -46,6 +46,7 @@ def expected(c: np.ndarray, settings: LearnerSettings) -> tuple[np.ndarray, list
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         square=settings.transform == "square",
+        objective=settings.objective,
     )
 
 
@@ -58,6 +59,11 @@ def expected(c: np.ndarray, settings: LearnerSettings) -> tuple[np.ndarray, list
         LearnerSettings(k=1, transform="square"),
         LearnerSettings(k=7, epochs=3, learning_rate=0.2, transform="square"),
         LearnerSettings(k=40, epochs=2, transform="square"),
+        LearnerSettings(k=7, objective="bottom"),
+        LearnerSettings(k=1, objective="gap", learning_rate=0.2),
+        LearnerSettings(k=30, objective="gap", epochs=3),
+        LearnerSettings(k=7, objective="unnormalized", epochs=3),
+        LearnerSettings(k=7, objective="unnormalized", transform="square"),
     ],
     ids=str,
 )
@@ -96,7 +102,7 @@ def test_the_gradient_is_that_of_autograd() -> None:
     raw = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weights = torch.softmax(raw.detach(), 0).numpy()
 
-    loss, gradient = loss_and_gradient(visit_query([c_nm], weights, k=4, query=0), weights)
+    loss, gradient = loss_and_gradient(visit_query([c_nm], weights, LearnerSettings(k=4), query=0), weights)
 
     dense = oracle.loss(torch.from_numpy(c_nm).double(), raw, 4)
     (exact,) = torch.autograd.grad(dense, raw)
@@ -110,15 +116,15 @@ def test_of_squared_scores_the_gradient_is_that_of_autograd_and_the_sign_of_c_do
     weights = torch.softmax(raw.detach(), 0).numpy()
 
     pieces = [c_nm[:11], c_nm[11:]]
-    visit = visit_query(pieces, weights, k=4, query=0, transform="square")
+    visit = visit_query(pieces, weights, LearnerSettings(k=4, transform="square"), query=0)
     loss, gradient = loss_and_gradient(visit, weights)
 
     (exact,) = torch.autograd.grad(oracle.loss(torch.from_numpy(c_nm).double(), raw, 4, square=True), raw)
     np.testing.assert_allclose(gradient, exact.numpy(), rtol=1e-10, atol=1e-14)
     flipped = c_nm * np.random.default_rng(0).choice([-1, 1], (len(c_nm), 1)).astype(np.float32)
-    other = visit_query([flipped], weights, k=4, query=0, transform="square")
+    other = visit_query([flipped], weights, LearnerSettings(k=4, transform="square"), query=0)
     assert loss_and_gradient(other, weights)[0] == pytest.approx(loss, rel=1e-12)
-    assert loss_and_gradient(visit_query([c_nm], weights, k=4, query=0), weights)[0] > loss
+    assert loss_and_gradient(visit_query([c_nm], weights, LearnerSettings(k=4), query=0), weights)[0] > loss
 
 
 def test_learning_lowers_the_loss_and_prefers_the_group_with_the_signal() -> None:
@@ -130,6 +136,24 @@ def test_learning_lowers_the_loss_and_prefers_the_group_with_the_signal() -> Non
 
     assert learned.weights.argmax() == 1
     assert learned.losses[-8:].mean() < learned.losses[:8].mean()
+
+
+def test_bottom_is_top_of_minus_c_and_gap_raises_both_ends() -> None:
+    c_nm, weights = contributions()[0], np.full(5, 0.2)
+    top, bottom, gap = (
+        visit_query([c_nm], weights, LearnerSettings(k=3, objective=objective), query=0).raised
+        for objective in ("top", "bottom", "gap")
+    )
+
+    of_minus_c = visit_query([-c_nm], weights, LearnerSettings(k=3), query=0).raised
+    np.testing.assert_array_equal(bottom, of_minus_c)
+    np.testing.assert_allclose(gap, top + bottom, rtol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["bottom", "gap"])
+def test_squared_scores_have_no_lowest(objective: Any) -> None:
+    with pytest.raises(SpecError, match=rf"learn\.objective: found '{objective}', for scores that are squared"):
+        LearnerSettings(transform="square", objective=objective)
 
 
 def test_the_scale_of_a_query_does_not_matter() -> None:
@@ -155,11 +179,12 @@ def test_of_rows_with_equal_scores_the_first_is_taken_whatever_the_pieces(rows: 
     c[0, 3:9, 1] = 1
     c[0, 0] = [2, 0]  # scores as row 2 does at equal weights, with other parts
 
-    visit = visit_query([c[0, start : start + rows] for start in range(0, 12, rows)], np.full(2, 0.5), k=6, query=0)
+    pieces = [c[0, start : start + rows] for start in range(0, 12, rows)]
+    visit = visit_query(pieces, np.full(2, 0.5), LearnerSettings(k=6), query=0)
 
     best = oracle.top(oracle.scores(c, np.full(2, 0.5))[0], 6)
     assert best == [1, 9, 11, 0, 2, 3]
-    np.testing.assert_allclose(visit.top_mean, c[0, best].astype(np.float64).mean(0), rtol=1e-15)
+    np.testing.assert_allclose(visit.raised, c[0, best].astype(np.float64).mean(0), rtol=1e-15)
 
 
 def test_a_query_of_zero_norm_takes_no_step() -> None:

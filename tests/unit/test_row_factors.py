@@ -260,9 +260,10 @@ def test_a_leverage_of_1_or_more_under_a_truncated_kernel_is_refused_with_the_ro
             {"contribute": {"normalize": "cosine"}},
             r'contribute\.normalize: found "cosine" with model\.output = "das".*Leave contribute\.normalize out',
         ),
+        ("das", {"learn": {"objective": "gap"}}, r'learn\.objective: found "gap" with model\.output = "das"'),
     ],
 )
-def test_das_with_another_kernel_or_a_normalisation_is_refused_before_work(
+def test_das_with_another_kernel_normalisation_or_objective_is_refused_before_work(
     output: str, changes: dict[str, Any], message: str
 ) -> None:
     made = random_store(output=output)

@@ -5,10 +5,12 @@ however many epochs and settings there are.
 """
 
 from gradstore.numerics.learner.algorithm import (
+    ENDS,
     INITIAL_DEVIATION,
     Descent,
     LearnedWeights,
     LearnerSettings,
+    Objective,
     Visit,
     initial_raw_weights,
     initial_weights,
@@ -22,6 +24,7 @@ from gradstore.numerics.learner.certified import Certificate, Certification, Cer
 from gradstore.numerics.learner.kept import KeptRows, best_rows
 
 __all__ = [
+    "ENDS",
     "INITIAL_DEVIATION",
     "Certificate",
     "Certification",
@@ -30,6 +33,7 @@ __all__ = [
     "KeptRows",
     "LearnedWeights",
     "LearnerSettings",
+    "Objective",
     "Visit",
     "best_rows",
     "initial_raw_weights",

@@ -7,7 +7,7 @@ that any faster route must equal.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,17 @@ from gradstore.numerics.generator import derive_key, normal, permutation, words
 from gradstore.numerics.scores import Transform
 
 INITIAL_DEVIATION = 0.01
+
+Objective = Literal["top", "bottom", "gap", "unnormalized"]
+"""What Algorithm 1 minimises (arXiv 2506.05647, eq. 6 and table 10): see `learn_weights`."""
+
+# Ends of the ranking whose rows an objective raises, as signs of their scores.
+ENDS: Final[dict[Objective, tuple[int, ...]]] = {
+    "top": (1,),
+    "bottom": (-1,),
+    "gap": (1, -1),
+    "unnormalized": (1,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +51,8 @@ class LearnerSettings:
         Queries that are stored together: each epoch permutes the tiles, then the queries inside each.
     transform
         What becomes of the scores S when rows are ranked in the end: where that is their square, |S| takes the place of S.
+    objective
+        What is minimised.
     """
 
     k: int = 10
@@ -49,6 +62,7 @@ class LearnerSettings:
     seed: int = 0
     tile: int = 1
     transform: Transform = "none"
+    objective: Objective = "top"
 
     def __post_init__(self) -> None:
         for name, low in {"k": 1, "epochs": 1, "tile": 1, "weight_decay": 0}.items():
@@ -56,6 +70,11 @@ class LearnerSettings:
                 raise SpecError(f"learn.{name}: found {getattr(self, name)}; accepted: at least {low}, and finite.")
         if not 0 < self.learning_rate < math.inf:
             raise SpecError(f"learn.learning_rate: found {self.learning_rate}; accepted: above 0, and finite.")
+        if self.transform == "square" and -1 in ENDS[self.objective]:
+            raise SpecError(
+                f"learn.objective: found {self.objective!r}, for scores that are squared in the end (DAS): they have no negative "
+                'end. Accepted: "top", "unnormalized".'
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,8 +102,9 @@ class LearnedWeights:
 class Visit(NamedTuple):
     """What one query's contributions say at one w; enough for the loss and its gradient."""
 
-    top_mean: Float64[np.ndarray, " M"]
-    """Mean of the k rows of C_q with the highest scores; where these are |S|, of sign(S) C_q."""
+    raised: Float64[np.ndarray, " M"]
+    """a, whose product with w the objective raises: the mean of the k rows of C_q with the highest scores, less that of those
+    with the lowest, or one of the two; where rows are placed by |S|, rows count sign(S) times."""
     response: Float64[np.ndarray, " M"]
     """C_q^T S_q = A_q w, with A_q = C_q^T C_q."""
     norm: float
@@ -103,7 +123,8 @@ def learn_weights(
     .. math:: L_q(w) = - \frac{\operatorname{mean}(\text{top-}k \text{ of } S_q)}{\lVert S_q \rVert_2},
               \quad S_q = C_q w, \quad w = \operatorname{softmax}(w_{raw})
 
-    (arXiv 2506.05647, eq. 6-7): one AdamW step per visit, E visits to every query. Scores are float64. Of rows with
+    (arXiv 2506.05647, eq. 6-7) or another objective of its table 10: ``bottom``, the mean of the k lowest scores over the
+    norm; ``gap``, the sum of the two; or ``unnormalized``, the first without its norm, which there is unstable. One AdamW step per visit, E visits to every query. Scores are float64. Of rows with
     equal scores at the k-th place the first is taken. A query whose scores are all zero takes no step, but counts for
     the learning rate. Where scores are squared in the end (DAS), the top k are those of the largest abs(S), and their mean
     is that of abs(S); the norm is the same.
@@ -130,7 +151,7 @@ def learn_weights(
     visits = visit_order(num_queries, settings)
     losses, weights_per_epoch = [], []
     for step, (_, query) in enumerate(visits, start=1):
-        visit = visit_query(read(query), descent.weights, k=settings.k, query=query, transform=settings.transform)
+        visit = visit_query(read(query), descent.weights, settings, query=query)
         losses.append(descent.step(visit))
         if step % num_queries == 0:
             weights_per_epoch.append(descent.weights)
@@ -174,38 +195,46 @@ def placing_scores(scores: Float[np.ndarray, "*X"], transform: Transform) -> Flo
 def visit_query(
     pieces: Iterable[Float[np.ndarray, "_ M"]],
     weights_M: Float64[np.ndarray, " M"],
+    settings: LearnerSettings,
     *,
-    k: int,
     query: int,
-    transform: Transform = "none",
 ) -> Visit:
     """Read one query's contributions once; see `learn_weights` for the arguments and errors."""
-    best = _Best(k=k, num_groups=len(weights_M), transform=transform)
+    ends = [_Best(settings, len(weights_M), sign=sign) for sign in ENDS[settings.objective]]
     response_M, squares, num_rows = np.zeros_like(weights_M), 0.0, 0
     for piece in pieces:
         piece_NM = piece.astype(np.float64)
         score_N = piece_NM @ weights_M
         if not np.isfinite(score_N).all():
             refuse_non_finite(piece_NM, query, np.arange(num_rows, num_rows + len(piece_NM)))
-        best.offer(score_N, piece_NM)
+        for best in ends:
+            best.offer(score_N, piece_NM)
         response_M += score_N @ piece_NM
         squares += float(score_N @ score_N)
         num_rows += len(piece_NM)
-    refuse_k_above(num_rows, k)
-    return Visit(best.rows_KM.mean(0), response_M, math.sqrt(squares))
+    refuse_k_above(num_rows, settings.k)
+    raised_M = np.sum([best.rows_KM.mean(0) for best in ends], axis=0)
+    return Visit(raised_M, response_M, math.sqrt(squares))
 
 
-def loss_and_gradient(visit: Visit, weights_M: Float64[np.ndarray, " M"]) -> tuple[float, Float64[np.ndarray, " M"]]:
+def loss_and_gradient(
+    visit: Visit, weights_M: Float64[np.ndarray, " M"], *, normalized: bool = True
+) -> tuple[float, Float64[np.ndarray, " M"]]:
     r"""L_q and its gradient with respect to w_raw.
 
-    With a = mean of the top-k rows of C_q, so that their mean score is a.w, and the norm's gradient A_q w / ||S||:
+    With a the mean of the rows that are raised, so that their mean score is a.w, and the norm's gradient A_q w / ||S||:
 
     .. math:: \nabla_w L = - \frac{a}{\lVert S \rVert} + \frac{(a \cdot w) A_q w}{\lVert S \rVert^3},
               \quad \nabla_{w_{raw}} L = w \odot (\nabla_w L - w \cdot \nabla_w L)
+
+    Not normalized, L is -a.w, and its gradient with respect to w is -a.
     """
-    top_mean = float(visit.top_mean @ weights_M)
-    gradient_M = (top_mean / visit.norm**2 * visit.response - visit.top_mean) / visit.norm
-    return -top_mean / visit.norm, weights_M * (gradient_M - weights_M @ gradient_M)
+    mean, norm = float(visit.raised @ weights_M), 1.0
+    gradient_M = -visit.raised
+    if normalized:
+        norm = visit.norm
+        gradient_M = (mean / norm**2 * visit.response - visit.raised) / norm
+    return -mean / norm, weights_M * (gradient_M - weights_M @ gradient_M)
 
 
 class Descent:
@@ -223,6 +252,7 @@ class Descent:
         self._raw = torch.nn.Parameter(torch.from_numpy(initial_raw_weights(num_groups, seed=settings.seed)))
         self._optimizer = torch.optim.AdamW([self._raw], lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self._learning_rate = settings.learning_rate
+        self._normalized = settings.objective != "unnormalized"
         self._total_visits = settings.epochs * num_queries
         self._visits = 0
 
@@ -237,7 +267,7 @@ class Descent:
         self._visits += 1
         if visit.norm == 0:
             return math.nan
-        loss, gradient_M = loss_and_gradient(visit, self.weights)
+        loss, gradient_M = loss_and_gradient(visit, self.weights, normalized=self._normalized)
         self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 + cosine) / 2
         self._raw.grad = torch.from_numpy(gradient_M)
         self._optimizer.step()
@@ -245,16 +275,20 @@ class Descent:
 
 
 class _Best:
-    """The k rows with the highest scores so far, best first, earlier rows first among equals; of |S| rows times sign(S)."""
+    """The k rows with the highest scores so far, best first, earlier rows first among equals; of |S| rows times sign(S).
 
-    def __init__(self, *, k: int, num_groups: int, transform: Transform) -> None:
-        self._k = k
-        self._transform: Transform = transform
+    With ``sign`` -1 those with the lowest, and rows times -1.
+    """
+
+    def __init__(self, settings: LearnerSettings, num_groups: int, *, sign: int) -> None:
+        self._k = settings.k
+        self._transform = settings.transform
+        self._sign = sign
         self._score_K = np.empty(0)
         self.rows_KM = np.empty((0, num_groups))
 
     def offer(self, score_N: Float64[np.ndarray, " N"], piece_NM: Float64[np.ndarray, "N M"]) -> None:
-        placing_N = placing_scores(score_N, self._transform)
+        placing_N = placing_scores(self._sign * score_N, self._transform)
         if len(self._score_K) == self._k:
             # A later row must beat the k-th, not equal it.
             better_N = placing_N > self._score_K[-1]
@@ -263,6 +297,8 @@ class _Best:
             placing_N, score_N, piece_NM = placing_N[better_N], score_N[better_N], piece_NM[better_N]
         if self._transform == "square":
             piece_NM = np.sign(score_N)[:, None] * piece_NM
+        elif self._sign < 0:
+            piece_NM = -piece_NM
         score_S = np.concatenate([self._score_K, placing_N])
         order_K = np.argsort(-score_S, kind="stable")[: self._k]
         self._score_K = score_S[order_K]

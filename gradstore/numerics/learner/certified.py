@@ -20,6 +20,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from gradstore.errors import DataError
 from gradstore.numerics.learner.algorithm import (
+    ENDS,
     LearnedWeights,
     LearnerSettings,
     refuse_k_above,
@@ -132,9 +133,15 @@ def learn_certified(
     refuse_no_query(num_queries)
     _refuse_non_finite_guess(second_moments_QMM, kept, read)
     pending = {
-        place: Trajectory(each, num_queries=num_queries, num_groups=num_groups) for place, each in enumerate(settings)
+        place: Trajectory(each, num_queries=num_queries, num_groups=num_groups)
+        for place, each in enumerate(settings)
+        if -1 not in ENDS[each.objective]
     }
-    outcome = Certification(certified={}, uncertified={})
+    message = "its objective {!r} asks for the lowest scores too, and reads are verified for the highest"
+    others = {
+        place: message.format(settings[place].objective) for place in range(len(settings)) if place not in pending
+    }
+    outcome = Certification(certified={}, uncertified=others)
     full, added = kept.num_bytes > limit_bytes, list[int]()
     while pending and not full:
         for together in _by_order(list(pending.values())):

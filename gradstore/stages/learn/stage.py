@@ -122,4 +122,5 @@ def learner_settings(spec: RunSpec, tile: int, transform: Transform = "none") ->
         seed=spec.run.seed if spec.learn.seed is None else spec.learn.seed,
         tile=tile,
         transform=transform,
+        objective=spec.learn.objective,
     )
