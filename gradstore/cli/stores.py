@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,47 @@ def status(store: Store, as_json: Json = False) -> None:
         typer.echo(json.dumps(found))
     else:
         draw(render_status(found))
+
+
+@app.command()
+def weights(
+    store: Store,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which weights; all by default.")
+    ] = None,
+    by: Annotated[
+        Literal["group", "depth", "function"], typer.Option("--by", help="What is one row: sums over its groups.")
+    ] = "group",
+    as_json: Json = False,
+) -> None:
+    """Show learned weights by group, or summed along the depth or by function, and how alike several are."""
+    from gradstore.stages.show_weights import render_weights, show_weights
+
+    found = show_weights(store, names or [], by)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        draw(*render_weights(found))
+
+
+@app.command()
+def transfer(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The store that they were learned on.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the weights there.")],
+    store: Store,
+    new_name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Their name in STORE; the same by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Give a store the weights that were learned on another one, if it has the same groups; see score.weights."""
+    from gradstore.stages.transfer import transfer as stage
+
+    found = stage(source, name, store, new_name or name)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"{found['to']}: weights of {found['groups']:,} groups from {found['from']}")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from gradstore.plan.sizes import (
     certifies,
     row_scale_bytes,
     verified_queries,
+    weightings,
 )
 from gradstore.spec import RunSpec
 
@@ -162,20 +163,21 @@ class TaskMemory:
         return PROCESS_BYTES + sums + kept + pieces + steps * (24 * groups + 200)
 
     def rank(self, train: SetPlan, queries: SetPlan, tile: tuple[int, int], *, texts: bool) -> int:
-        """Two blocks of C, one also in float64, what is kept of it for two rankings of two sides, and any texts for BM25.
+        """Two blocks of C, one also in float64, what is kept of it for rankings of two sides, and any texts for BM25.
 
         ``tile`` is the queries and groups of a block; of scores all queries, and one.
         """
         size, groups = tile
         block = size * train.block_rows * (16 * groups + 40)
+        # Rows so far, those of a block beside them, and both together.
         kept = 3 * self.ranked_bytes(train, queries, groups)
         tokens = train.rows * train.length + queries.rows * queries.length
         return PROCESS_BYTES + block + kept + (TEXT_BYTES * tokens if texts else 0)
 
     def ranked_bytes(self, train: SetPlan, queries: SetPlan, parts: int) -> int:
-        """Rows, scores and parts of every query, under two weightings and on two sides; and of the two baselines."""
+        """Rows, scores and parts of every query, under all weightings and on two sides; and of the two baselines."""
         kept = min(max(self._spec.score.k, RANKED_ROWS), train.rows)
-        return queries.rows * kept * (2 * 2 * (4 * parts + 40) + 2 * 40)
+        return queries.rows * kept * (weightings(self._spec) * 2 * (4 * parts + 40) + 2 * 40)
 
     def _precondition(self, queries: Sequence[int], *, spectra: bool) -> int:
         """All groups of one set, before it is written, and the spectrum, if there is one, and rotated queries of one group."""

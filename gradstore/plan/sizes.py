@@ -283,6 +283,13 @@ def learner_tile(contributions: tuple[int, int, int]) -> int:
     return max(1, min(queries, LEARNER_TILE_BYTES // (4 * rows * groups)))
 
 
+def weightings(spec: RunSpec) -> int:
+    """How many rankings a run makes under each kernel: unweighted, and by every weight vector."""
+    if spec.contribute.mode == "scores":
+        return 1 if spec.contribute.weights is None else 2
+    return 1 + len({spec.learn.name, *spec.score.weights})
+
+
 def certifies(spec: RunSpec) -> bool:
     """Whether learn certifies weights, for which A_q must be there; else it streams C once for every epoch."""
     top_alone = spec.learn.objective not in LOWEST_OBJECTIVES

@@ -19,6 +19,7 @@ from gradstore.plan.sizes import (
     learner_tile,
     query_tile,
     row_scale_bytes,
+    weightings,
 )
 from gradstore.spec import RunSpec
 
@@ -146,7 +147,7 @@ def _score(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: Task
     """
     train, queries, kernels = sets["train"], sets["eval"], len(spec.sweep())
     alone = spec.contribute.mode == "scores"
-    methods = 1 if alone and spec.contribute.weights is None else 2
+    methods = weightings(spec)
     tasks = min(spec.score.tail_patch.queries, queries.rows)
     shape = (queries.rows, train.rows, groups)
     tile = queries.rows if alone else query_tile(shape, train.block_rows, spec.contribute.dtype)

@@ -239,6 +239,7 @@ class ScoreSection(Section):
     """[score]: how many proponents and opponents are kept per query, and what they are compared with."""
 
     k: int = Field(default=10, ge=1)
+    weights: list[Annotated[str, Field(pattern=NAME)]] = Field(default_factory=list)
     tail_patch: TailPatchSection = TailPatchSection()
 
 
@@ -296,6 +297,11 @@ class RunSpec(Section):
             raise SpecError(
                 f'contribute.weights: found {self.contribute.weights!r} with mode = "{self.contribute.mode}"; C has no '
                 'weights in it. Set contribute.mode = "scores", or leave contribute.weights out.'
+            )
+        if self.score.weights and self.contribute.mode == "scores":
+            raise SpecError(
+                f'score.weights: found {", ".join(self.score.weights)} with contribute.mode = "scores"; scores are of one weighting. '
+                'Set contribute.weights, or contribute.mode = "tensor".'
             )
         return self
 

@@ -7,15 +7,14 @@ from collections.abc import Callable
 from gradstore.cluster import Engine
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute import contribute
-from gradstore.stages.contribute.artifacts import targets_of
-from gradstore.stages.contribute.products import refuse_weights
 from gradstore.stages.featurize import featurize
 from gradstore.stages.kernel import build_kernel
 from gradstore.stages.learn import learn, refuse_other_weights
 from gradstore.stages.progress import Progress
 from gradstore.stages.score import score
+from gradstore.stages.weights import read_weights
 from gradstore.store.artifacts import WeightsArtifact
-from gradstore.store.backend import open_storage
+from gradstore.store.backend import Storage, open_storage
 from gradstore.store.features import FeatureStore
 
 Stage = Callable[[RunSpec, Engine, Progress], None]
@@ -40,13 +39,15 @@ def stages_of(spec: RunSpec) -> tuple[Stage, ...]:
     # Before work starts: else this is told hours later, when the stage begins that uses them.
     if learn in stages:
         refuse_other_weights(spec, open_storage(spec.run.store))
-    if spec.contribute.weights is not None:
-        _refuse_given_weights(spec, spec.contribute.weights)
+    learned = {swept.learn.name for swept in spec.sweep()} if learn in stages else set()
+    asked = [*spec.score.weights, *filter(None, [spec.contribute.weights])]
+    given = set(asked) - learned
+    for name in sorted(given):
+        _refuse_given_weights(open_storage(spec.run.store), name)
     return stages
 
 
-def _refuse_given_weights(spec: RunSpec, name: str) -> None:
-    storage = open_storage(spec.run.store)
+def _refuse_given_weights(storage: Storage, name: str) -> None:
     # First, since where there is no store yet there are no weights either, and featurize brings none.
     WeightsArtifact.open(storage, name)
-    refuse_weights(FeatureStore.open(storage), spec, targets_of(spec))
+    read_weights(FeatureStore.open(storage), name)

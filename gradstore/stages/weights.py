@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from gradstore.errors import NotReadyError
+import numpy as np
+
+from gradstore.errors import ContractError, NotReadyError
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.features import FeatureStore
 
@@ -23,3 +25,42 @@ def open_weights(store: FeatureStore, name: str) -> WeightsArtifact:
     if not artifact.is_complete():
         raise NotReadyError(f"{artifact.folder}: not learned to the end. Run `gradstore learn` again.")
     return artifact
+
+
+def read_weights(store: FeatureStore, name: str) -> np.ndarray:
+    """Read weights, float64 [M], in the order of the train set's groups.
+
+    Raises
+    ------
+    NotReadyError
+        If they have not been learned.
+    ContractError
+        If they are of other groups.
+    """
+    artifact = open_weights(store, name)
+    found = weight_by_group(artifact)
+    groups = [array.name for array in store.open_set("train").info.arrays]
+    refuse_other_groups(f"{store.storage.url}/{artifact.folder}", found, groups)
+    return np.array([found[group] for group in groups])
+
+
+def weight_by_group(artifact: WeightsArtifact) -> dict[str, float]:
+    """Weight of every group by its name."""
+    table = artifact.read()
+    return dict(zip(table["group"].to_pylist(), table["weight"].to_pylist(), strict=True))
+
+
+def refuse_other_groups(where: str, found: dict[str, float], groups: list[str]) -> None:
+    """Make sure that weights are of the groups of the train set.
+
+    Raises
+    ------
+    ContractError
+        Naming one that is in one of them only.
+    """
+    if set(found) != set(groups):
+        strange = sorted(set(found) ^ set(groups))
+        raise ContractError(
+            f"{where}: its groups are not those of features/train: {strange[0]} is in one of them only ({len(strange)} such "
+            "groups). Name weights that were learned on a model of these groups."
+        )

@@ -8,12 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from gradstore.errors import ContractError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.queries import Slab, Target, stacked
 from gradstore.stages.reading import full_rows, inner_products, is_factored
-from gradstore.stages.weights import open_weights
+from gradstore.stages.weights import read_weights
 from gradstore.store.artifacts import QueryArtifact
 from gradstore.store.features import FeatureArray, FeatureStore
 
@@ -150,30 +149,19 @@ def weights_of(store: FeatureStore, target: Target, spec: RunSpec) -> np.ndarray
 
     Raises
     ------
-    NotReadyError
-        If they have not been learned.
-    ContractError
-        If they are of other groups.
+    NotReadyError, ContractError
+        See `read_weights`.
     """
     if spec.contribute.mode != "scores":
         return None
-    groups = [array.name for array in store.open_set("train").info.arrays]
     if target.weights is None:
-        return np.full(len(groups), 1 / len(groups))
-    artifact = open_weights(store, target.weights)
-    table = artifact.read()
-    found = dict(zip(table["group"].to_pylist(), table["weight"].to_pylist(), strict=True))
-    if set(found) != set(groups):
-        strange = sorted(set(found) ^ set(groups))
-        raise ContractError(
-            f"{store.storage.url}/{artifact.folder}: its groups are not those of features/train: {strange[0]} is in one of "
-            f"them only ({len(strange)} such groups). Name weights in contribute.weights that were learned on this store."
-        )
-    return np.array([found[group] for group in groups])
+        groups = len(store.open_set("train").info.arrays)
+        return np.full(groups, 1 / groups)
+    return read_weights(store, target.weights)
 
 
 def refuse_weights(store: FeatureStore, spec: RunSpec, targets: Sequence[Target]) -> None:
-    """Make sure of all weights of some targets before anything is created: see `weights_of` for what is raised."""
+    """Make sure of all weights of some targets before anything is created: see `read_weights` for what is raised."""
     for target in targets:
         weights_of(store, target, spec)
 

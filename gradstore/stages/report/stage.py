@@ -23,8 +23,8 @@ from gradstore.stages.report.data import (
 from gradstore.stages.report.page import render_page
 from gradstore.stages.report.terminal import render_tables
 from gradstore.stages.status import status
-from gradstore.stages.weights import UNWEIGHTED
-from gradstore.store.artifacts import ScoresArtifact, WeightsArtifact
+from gradstore.stages.weights import UNWEIGHTED, read_weights
+from gradstore.store.artifacts import ScoresArtifact
 from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureSet, FeatureStore
 
@@ -135,7 +135,7 @@ def _tail_patch(row: Mapping[str, Any]) -> TailPatchRow:
 
 
 def _weights(store: FeatureStore, name: str) -> WeightVector:
-    return WeightVector(name=name, weights=WeightsArtifact.open(store.storage, name).read()["weight"].to_pylist())
+    return WeightVector(name=name, weights=read_weights(store, name).tolist())
 
 
 def _facts(store: FeatureStore, found: Mapping[str, Any], ranking: Mapping[str, Any]) -> list[tuple[str, str]]:

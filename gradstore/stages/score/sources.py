@@ -12,7 +12,7 @@ from gradstore.numerics.scores import Ranked, Ranking
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import Contributions, ScoreMatrix
 from gradstore.stages.progress import Progress
-from gradstore.stages.weights import UNWEIGHTED, open_weights
+from gradstore.stages.weights import UNWEIGHTED, open_weights, read_weights
 from gradstore.store.features import FeatureStore
 
 
@@ -56,9 +56,11 @@ class Source(Protocol):
 
 def weighted_methods(spec: RunSpec) -> list[Method]:
     """Return the rankings by a run's kernel: unweighted, and under the weights that it learns or was given."""
-    weights = spec.contribute.weights if spec.contribute.mode == "scores" else spec.learn.name
+    names = [spec.learn.name, *spec.score.weights]
+    if spec.contribute.mode == "scores":
+        names = [] if spec.contribute.weights is None else [spec.contribute.weights]
     kernel = spec.kernel.name
-    weighted = [] if weights is None else [Method(name=weights, kernel=kernel, weights=weights)]
+    weighted = [Method(name=name, kernel=kernel, weights=name) for name in dict.fromkeys(names)]
     return [Method(name=UNWEIGHTED, kernel=kernel), *weighted]
 
 
@@ -69,16 +71,15 @@ def open_source(spec: RunSpec, store: FeatureStore) -> Source:
     ------
     NotReadyError
         If it is not whole, or weights have not been learned.
+    ContractError
+        If weights are of other groups.
     """
     if spec.contribute.mode == "scores":
         return FromScores(store, weighted_methods(spec))
-    read_weights(store, spec.learn.name)
+    for method in weighted_methods(spec):
+        if method.weights is not None:
+            read_weights(store, method.weights)
     return FromContributions(store, Contributions.open(store, spec.kernel.name, "eval"))
-
-
-def read_weights(store: FeatureStore, name: str) -> np.ndarray:
-    """Read weights, float64 [M]; NotReadyError if they have not been learned."""
-    return np.asarray(open_weights(store, name).read()["weight"].to_numpy(), np.float64)
 
 
 class FromContributions:
