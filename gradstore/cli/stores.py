@@ -14,6 +14,10 @@ from gradstore.errors import StoppedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+Kernel = Annotated[
+    str | None, typer.Option("--kernel", help="Name of the kernel, where a store has contributions of several.")
+]
+Weights = Annotated[str | None, typer.Option("--weights", help="Name of the weights; none by default.")]
 Full = Annotated[bool, typer.Option("--full", help="Read every byte; without, one listing and the records.")]
 
 
@@ -87,6 +91,48 @@ def transfer(
         typer.echo(json.dumps(found))
     else:
         typer.echo(f"{found['to']}: weights of {found['groups']:,} groups from {found['from']}")
+
+
+@app.command()
+def influence(
+    store: Store,
+    by: Annotated[Literal["label", "source"], typer.Option("--by", help="Whose train rows are summed.")] = "label",
+    kernel: Kernel = None,
+    weighted: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Sum the scores of all eval queries over the train rows of every label or source."""
+    from gradstore.stages.influence import influence as stage
+    from gradstore.stages.influence import render_influence
+
+    found = stage(store, kernel, weighted, by)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        draw(render_influence(found))
+
+
+@app.command()
+def select(  # noqa: PLR0913 - typer takes a command's options from its parameters
+    store: Store,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file to write: ids, one a line; .jsonl with rows and influence.")
+    ],
+    *,
+    top: Annotated[str, typer.Option("--top", help="How many train examples: a number, or a share such as 5%.")],
+    kernel: Kernel = None,
+    weighted: Weights = None,
+    lowest: Annotated[bool, typer.Option("--lowest", help="Those of the lowest influence instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose the train examples whose scores, summed over all eval queries, are the largest."""
+    from gradstore.stages.influence import select as stage
+
+    found = stage(store, output, top, kernel=kernel, weights=weighted, lowest=lowest)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"{found['output']}: {found['examples']:,} of {found['of']:,} train examples")
 
 
 @app.command()

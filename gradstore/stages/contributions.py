@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradstore.errors import NotReadyError
+from gradstore.plan.sizes import LEARNER_BUFFERS, verified_queries
+from gradstore.stages.progress import Progress
 from gradstore.stages.spectra import require_current
+from gradstore.store.alignment import aligned
 from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact, ScoreMatrixArtifact
 from gradstore.store.features import FeatureStore
 from gradstore.store.layout import RowBlocks
@@ -72,6 +75,44 @@ class Contributions:
                 yield rows_N, c_QNM
 
 
+class Reads:
+    """Reads C of all queries, some whole tiles of them at a time, block by block through two buffers; more than once.
+
+    Parameters
+    ----------
+    contributions
+        C.
+    progress, stage
+        Told of every read, and what it is told that reads.
+    """
+
+    def __init__(self, contributions: Contributions, progress: Progress, stage: str) -> None:
+        self._contributions = contributions
+        self._progress = progress
+        self._stage = stage
+        shape = contributions.artifact.shape
+        self._shape = shape
+        self._queries = verified_queries((shape.queries, len(shape.groups)), shape.block_rows, shape.query_tile)
+        size = self._queries, shape.block_rows, len(shape.groups)
+        self._buffers = [aligned(size) for _ in range(LEARNER_BUFFERS)]
+        self._count = 0
+
+    def read(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Pieces (first query, rows [n], C [q, n, M]) that hold every valid row of every query once."""
+        self._count += 1
+        shape, item = self._shape, self._contributions.artifact.rounding.stored_dtype.itemsize
+        slices = [
+            (first, min(first + self._queries, shape.queries)) for first in range(0, shape.queries, self._queries)
+        ]
+        stored = shape.queries * shape.rows * len(shape.groups) * item
+        label, total = f"{self._stage}, read {self._count} of C", len(slices) * shape.num_examples
+        with self._progress.stage(label, total, "rows", total_bytes=stored) as advance:
+            for first, last in slices:
+                for rows_N, c_QNM in self._contributions.read_blocks(first, last, self._buffers):
+                    yield first, rows_N, c_QNM
+                    advance(len(rows_N))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreMatrix:
     """Scores of one set of queries under given weights, whole; ``valid`` as in `Contributions`."""
@@ -104,6 +145,13 @@ class ScoreMatrix:
             rows_N, s_QN = np.arange(*self.artifact.shape.block_range(block)), self.artifact.read(block)
             valid_N = self.valid.get(block)
             yield (rows_N, s_QN) if valid_N is None else (rows_N[valid_N], s_QN[:, valid_N])
+
+
+def valid_queries(store: FeatureStore, set_name: str) -> np.ndarray:
+    """Numbers of the queries that are valid in every member: others have scores of zero, and are judged by nothing."""
+    members = store.open_set(set_name).info.members
+    valid = [store.open_set(set_name, member).valid_rows() for member in members]
+    return np.flatnonzero(np.logical_and.reduce(valid))
 
 
 def _refuse_streamed(store: FeatureStore, kernel: str, set_name: str) -> None:

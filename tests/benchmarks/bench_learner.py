@@ -33,8 +33,8 @@ from gradstore.numerics.learner import (
 )
 from gradstore.numerics.moments import Candidates, SecondMoments, kept_rows
 from gradstore.plan.sizes import learner_tile, query_tile
-from gradstore.stages.contributions import Contributions
-from gradstore.stages.learn.methods import Reads, TileReader
+from gradstore.stages.contributions import Contributions, Reads
+from gradstore.stages.learn.methods import TileReader
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import ContributionArtifact, ContributionShape
 from gradstore.store.backend import open_storage
@@ -126,7 +126,9 @@ def _measured(contributions: Contributions, guesses: Guesses) -> Iterator[dict[s
     grid = [LearnerSettings(k=GRID, epochs=EPOCHS, tile=tile, weight_decay=decay) for decay in DECAYS]
     # What is imported at first use is no part of it.
     _certified(contributions, guesses, [LearnerSettings(k=1, epochs=1, tile=tile)])
-    a_read = min(_seconds(lambda: [None for _ in Reads(contributions, Progress(quiet=True)).read()]) for _ in range(3))
+    a_read = min(
+        _seconds(lambda: [None for _ in Reads(contributions, Progress(quiet=True), "bench").read()]) for _ in range(3)
+    )
 
     seconds, setting = _certified(contributions, guesses, one)
     reads = setting.certified[0].certificate.reads
@@ -157,7 +159,7 @@ def _certified(
 ) -> tuple[float, Certification]:
     """Seconds, and what was certified: all of it."""
     kept, found = guesses.kept(settings[0].k), list[Certification]()
-    reads = Reads(contributions, Progress(quiet=True))
+    reads = Reads(contributions, Progress(quiet=True), "bench")
     seconds = _seconds(
         lambda: found.append(
             learn_certified(guesses.second_moments_QMM, kept, reads.read, settings=settings, limit_bytes=LIMIT_BYTES)

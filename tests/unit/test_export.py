@@ -324,7 +324,7 @@ def test_a_killed_export_leaves_nothing_under_the_name_of_the_file(tmp_path: Pat
         [sys.executable, "-c", code, "export", str(tmp_path / "store"), str(out)], stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".gradstore-export-*")):
+    while not list(tmp_path.glob(".gradstore-*")):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)

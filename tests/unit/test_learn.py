@@ -62,7 +62,7 @@ def test_c_is_verified_in_whole_tiles_of_queries(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sizes, "LEARNER_BUFFER_BYTES", 2 * 4 * 8 * len(contributing.GROUPS))
     monkeypatch.setattr(
-        "gradstore.stages.learn.methods.verified_queries", lambda of, rows, tile: sizes.verified_queries(of, rows, 1)
+        "gradstore.stages.contributions.verified_queries", lambda of, rows, tile: sizes.verified_queries(of, rows, 1)
     )
 
     assert sizes.verified_queries((5, 4), 8, 1) == 2

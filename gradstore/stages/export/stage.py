@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-from uuid import uuid4
 
 import psutil
 
-from gradstore.errors import ResourceError, SpecError, StorageError
+from gradstore.errors import ResourceError, SpecError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.export.files import KINDS, FileKind
 from gradstore.stages.export.selection import Chosen, Selection, choose
+from gradstore.stages.output import replacing
 from gradstore.stages.progress import Progress
 from gradstore.store.backend import Storage
 from gradstore.store.features import FeatureStore
@@ -83,7 +81,7 @@ def export(
     }
     total = chosen.num_rows * len(chosen.arrays)
     with (
-        _replacing(output) as temporary,
+        replacing(output) as temporary,
         progress.stage(f"export {feature_set.info.name}", total, "rows x groups") as advance,
     ):
         kind.write(temporary, chosen, about, advance)
@@ -132,21 +130,3 @@ def _require_room(output: Path, kind: FileKind, chosen: Chosen, room: Room) -> N
             f"{asked} take {gigabytes(size)} on the disk; {gigabytes(room.disk_bytes)} are free in {output.parent}. "
             "Choose another place, or fewer groups or rows."
         )
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """Give a temporary file beside ``output``, which gets its name once it is whole, and goes if anything fails."""
-    temporary = output.with_name(f".gradstore-export-{uuid4().hex}{output.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(output)
-    except OSError as error:
-        raise StorageError(
-            f"{output}: cannot be written: {error.strerror or error}. Free space or choose another place, then run the "
-            "same command again."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,10 +9,9 @@ import numpy as np
 
 from gradstore.cluster.tasks import one_thread
 from gradstore.errors import NotReadyError
-from gradstore.plan.sizes import LEARNER_BUFFERS, gigabytes, verified_queries
-from gradstore.stages.contributions import Contributions
+from gradstore.plan.sizes import gigabytes
+from gradstore.stages.contributions import Contributions, Reads
 from gradstore.stages.progress import Progress
-from gradstore.store.alignment import aligned
 from gradstore.store.artifacts import MomentsArtifact
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def certified(
     if isinstance(moments, str):
         return moments
     second_moments_QMM, kept = first_guess(moments, settings)
-    reads = Reads(contributions, progress)
+    reads = Reads(contributions, progress, "learn")
     # Two threads that wait for each other take longer than one, and sums are in one order.
     with one_thread():
         outcome = learn_certified(second_moments_QMM, kept, reads.read, settings=[settings], limit_bytes=limit_bytes)
@@ -116,35 +115,6 @@ def _moments_of(contributions: Contributions) -> MomentsArtifact | str:
     if not same or rounding.dtype != artifact.rounding.dtype or (rounding.scales != artifact.rounding.scales).any():
         return f"{moments.folder} is of other contributions"
     return moments
-
-
-class Reads:
-    """Reads C of the learning queries, some whole tiles of them at a time, block by block through two buffers."""
-
-    def __init__(self, contributions: Contributions, progress: Progress) -> None:
-        self._contributions = contributions
-        self._progress = progress
-        shape = contributions.artifact.shape
-        self._shape = shape
-        self._queries = verified_queries((shape.queries, len(shape.groups)), shape.block_rows, shape.query_tile)
-        size = self._queries, shape.block_rows, len(shape.groups)
-        self._buffers = [aligned(size) for _ in range(LEARNER_BUFFERS)]
-        self._count = 0
-
-    def read(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Pieces (first query, rows [n], C [q, n, M]) that hold every valid row of every query once."""
-        self._count += 1
-        shape, item = self._shape, self._contributions.artifact.rounding.stored_dtype.itemsize
-        slices = [
-            (first, min(first + self._queries, shape.queries)) for first in range(0, shape.queries, self._queries)
-        ]
-        stored = shape.queries * shape.rows * len(shape.groups) * item
-        label, total = f"learn, read {self._count} of C", len(slices) * shape.num_examples
-        with self._progress.stage(label, total, "rows", total_bytes=stored) as advance:
-            for first, last in slices:
-                for rows_N, c_QNM in self._contributions.read_blocks(first, last, self._buffers):
-                    yield first, rows_N, c_QNM
-                    advance(len(rows_N))
 
 
 class TileReader:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyarrow import compute
 
-from gradstore.errors import NotReadyError, SpecError, StorageError
+from gradstore.errors import NotReadyError, SpecError
 from gradstore.plan.sizes import gigabytes
+from gradstore.stages.output import replacing
 from gradstore.stages.report.data import (
     Group,
     PrecisionRow,
@@ -72,7 +72,8 @@ def report(store_url: str, output: Path | None, kernel: str | None = None) -> tu
     if output is None:
         local = "://" not in store_url
         output = Path(store_url) / "report.html" if local else Path(f"{data.name}-report.html")
-    _write(output, render_page(data))
+    with replacing(output) as temporary:
+        temporary.write_text(render_page(data), encoding="utf-8")
     return list(render_tables(data)), output
 
 
@@ -226,15 +227,3 @@ def _texts(feature_set: FeatureSet, rows: Collection[int]) -> dict[int, Mapping[
             if start + index in rows:
                 found[start + index] = row if row["example_id"] is not None else _ERASED
     return found
-
-
-def _write(path: Path, page: str) -> None:
-    """Write the page whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written: {error.strerror}. Choose another place with --output."
-        ) from error

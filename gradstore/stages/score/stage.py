@@ -11,6 +11,7 @@ import pyarrow as pa
 from gradstore.cluster import Engine
 from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
+from gradstore.stages.contributions import valid_queries
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import bm25, random_rows
 from gradstore.stages.score.sources import Method, Ranks, Source, open_source, weighted_methods
@@ -52,7 +53,7 @@ def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progres
     artifacts = {method: artifact for method, artifact in artifacts.items() if not artifact.is_complete()}
     if not artifacts:
         return
-    valid = source.valid_rows(), _valid_queries(store)
+    valid = source.valid_rows(), valid_queries(store, "eval")
     keep = min(max(spec.score.k, PRECISION_K), len(valid[0]))
     ranks = source.rank([*artifacts], keep, progress)
     ranks |= _rank_by_baselines(spec, [*artifacts], (train, valid[0]), queries, keep)
@@ -147,12 +148,6 @@ def _precision(
     ]
     chance = chance_precision([train_labels[row] for row in among], [label for _, label in labelled])
     return {"precision_at_10": float(np.mean(precisions)), "chance": chance}
-
-
-def _valid_queries(store: FeatureStore) -> np.ndarray:
-    """Numbers of the eval queries that are valid in every member: others are ranked by zeros, and judged by nothing."""
-    members = store.open_set("eval").info.members
-    return np.flatnonzero(np.logical_and.reduce([store.open_set("eval", member).valid_rows() for member in members]))
 
 
 def _labels(feature_set: FeatureSet) -> list[str | None]:
