@@ -147,7 +147,7 @@ class TaskMemory:
         return PROCESS_BYTES + 2 * self._weights + largest + self._largest_of(lambda item: self._pass(tokens, item))
 
     def learn(self, train: SetPlan, queries: SetPlan, tile: int) -> int:
-        """A_q, of a span beside the sum, kept rows, weights of every step, and C of two blocks; of a tile where C is streamed.
+        """A_q and rows of a span, beside those of all; weights of every step, and C of two blocks; of a tile where C is streamed.
 
         ``tile`` is of C's chunks where weights are certified, else of the learner: reading the next the last is still there.
         """
@@ -160,7 +160,7 @@ class TaskMemory:
         sums = 2 * 8 * queries.rows * groups**2
         # No more than the whole of C, each row with its number.
         kept = min(self._spec.learn.memory_bytes, queries.rows * train.rows * (4 * groups + 8))
-        return PROCESS_BYTES + sums + kept + pieces + steps * (24 * groups + 200)
+        return PROCESS_BYTES + sums + 2 * kept + pieces + steps * (24 * groups + 200)
 
     def rank(self, train: SetPlan, queries: SetPlan, tile: tuple[int, int], *, texts: bool) -> int:
         """Two blocks of C, one also in float64, what is kept of it for rankings of two sides, and any texts for BM25.

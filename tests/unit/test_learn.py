@@ -73,11 +73,16 @@ def test_c_is_verified_in_whole_tiles_of_queries(monkeypatch: pytest.MonkeyPatch
     ("tables", "settings", "message"),
     [
         ({"contribute": {"second_moments": False}}, {}, "contribute.second_moments was false"),
-        ({}, {"memory": "100B"}, "needs more rows than 100 bytes hold"),
+        (
+            {},
+            {"memory": "100B"},
+            "moments/block/learn has 960 B of rows to begin with in every span, more than learn.memory",
+        ),
+        ({}, {"memory": "1000B"}, "needs more rows than 1000 bytes hold"),
         ({}, {"objective": "gap"}, "its objective 'gap' asks for the lowest scores too"),
         ({}, {"objective": "bottom"}, "its objective 'bottom' asks for the lowest scores too"),
     ],
-    ids=["no moments", "no room", "gap", "bottom"],
+    ids=["no moments", "no room", "little room", "gap", "bottom"],
 )
 def test_weights_that_cannot_be_certified_are_streamed_and_that_is_said(
     tables: dict[str, dict[str, Any]], settings: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]

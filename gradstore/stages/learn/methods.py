@@ -42,6 +42,10 @@ def certified(
     moments = _moments_of(contributions)
     if isinstance(moments, str):
         return moments
+    shape = moments.shape
+    of_span = shape.queries * shape.candidates * (4 * len(shape.groups) + 8)
+    if of_span > limit_bytes:
+        return f"{moments.folder} has {gigabytes(of_span)} of rows to begin with in every span, more than learn.memory"
     second_moments_QMM, kept = first_guess(moments, settings)
     reads = Reads(contributions, progress, "learn")
     # Two threads that wait for each other take longer than one, and sums are in one order.
