@@ -123,12 +123,13 @@ def select(  # noqa: PLR0913 - typer takes a command's options from its paramete
     kernel: Kernel = None,
     weighted: Weights = None,
     lowest: Annotated[bool, typer.Option("--lowest", help="Those of the lowest influence instead.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Choose the train examples whose scores, summed over all eval queries, are the largest."""
     from gradstore.stages.influence import select as stage
 
-    found = stage(store, output, top, kernel=kernel, weights=weighted, lowest=lowest)
+    found = stage(store, output, top, (kernel, weighted), lowest=lowest, force=force)
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -298,12 +298,19 @@ class RunSpec(Section):
                 f'contribute.weights: found {self.contribute.weights!r} with mode = "{self.contribute.mode}"; C has no '
                 'weights in it. Set contribute.mode = "scores", or leave contribute.weights out.'
             )
-        if self.score.weights and self.contribute.mode == "scores":
-            raise SpecError(
-                f'score.weights: found {", ".join(self.score.weights)} with contribute.mode = "scores"; scores are of one weighting. '
-                'Set contribute.weights, or contribute.mode = "tensor".'
-            )
+        self._refuse_score_weights()
         return self
+
+    def _refuse_score_weights(self) -> None:
+        if RESERVED_NAMES["learn"] in self.score.weights:
+            raise SpecError(
+                f"score.weights: found {RESERVED_NAMES['learn']!r}, by which rows are ranked anyway. Leave it out."
+            )
+        if self.score.weights and self.contribute.mode != "tensor":
+            raise SpecError(
+                f'score.weights: found {", ".join(self.score.weights)} with contribute.mode = "{self.contribute.mode}", which keeps '
+                'no C to rank by. Set contribute.mode = "tensor", or name one of them in contribute.weights with mode = "scores".'
+            )
 
     def sweep(self) -> list[RunSpec]:
         """Return the runs of a damping sweep: as many as kernel.damping lists, each with a kernel and weights of its own."""

@@ -105,7 +105,7 @@ class Reads:
             (first, min(first + self._queries, shape.queries)) for first in range(0, shape.queries, self._queries)
         ]
         stored = shape.queries * shape.rows * len(shape.groups) * item
-        label, total = f"{self._stage}, read {self._count} of C", len(slices) * shape.num_examples
+        label, total = f"{self._stage}, read {self._count} of C", len(slices) * len(self._contributions.valid_rows())
         with self._progress.stage(label, total, "rows", total_bytes=stored) as advance:
             for first, last in slices:
                 for rows_N, c_QNM in self._contributions.read_blocks(first, last, self._buffers):

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix, valid_queries
-from gradstore.stages.output import replacing
+from gradstore.stages.output import replacing, require_place
 from gradstore.stages.progress import Progress
 from gradstore.stages.weights import UNWEIGHTED, ranking_name, read_weights
 from gradstore.store.artifacts import ContributionArtifact, list_artifacts
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 Totals = Literal["label", "source"]
 
 _QUERIES: Final = "eval"
+_PERCENT: Final = 100
+# Characters of a label or source in a table.
+_LABEL_LENGTH: Final = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +99,9 @@ def _chosen(store: FeatureStore, kernel: str | None) -> str:
     if kernel is None and len(known) == 1:
         return known.pop()
     if kernel not in known:
+        asked = "is missing" if kernel is None else f"found {kernel}"
         raise SpecError(
-            f"--kernel: found {kernel}; {store.storage.url} has contributions or scores of: {', '.join(sorted(known))}."
+            f"--kernel: {asked}; {store.storage.url} has contributions or scores of: {', '.join(sorted(known))}."
         )
     return kernel
 
@@ -148,7 +153,13 @@ def influence(store_url: str, kernel: str | None, weights: str | None, by: Total
 
 
 def select(
-    store_url: str, output: Path, top: str, *, kernel: str | None, weights: str | None, lowest: bool
+    store_url: str,
+    output: Path,
+    top: str,
+    of: tuple[str | None, str | None],
+    *,
+    lowest: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write the train examples of the largest influence on the eval queries together to a file; return what was done.
 
@@ -162,20 +173,24 @@ def select(
         The file.
     top
         How many: a number, or a share of the valid rows such as 5%, rounded up.
-    kernel, weights
-        See `set_influence`.
+    of
+        Kernel and weights: see `set_influence`.
     lowest
         Whether those of the lowest influence are chosen, lowest first.
+    force
+        Whether a file that is there is replaced.
 
     Raises
     ------
     SpecError
-        If ``top`` is neither, or asks for none or for more than there are.
+        If ``top`` is neither, or asks for none or for more than there are; or the file cannot be of that name.
     StorageError
         If the file cannot be written.
     """
-    _count(top, math.inf)
-    found = set_influence(store_url, kernel, weights)
+    # Before C is read, as far as can be told.
+    _count(top, None)
+    require_place(output, FeatureStore.open(store_url).storage, force=force)
+    found = set_influence(store_url, *of)
     count = _count(top, len(found.rows))
     # Of equal ones the first.
     order = np.argsort(found.totals if lowest else -found.totals, kind="stable")[:count]
@@ -198,16 +213,16 @@ def _made(found: Influence) -> dict[str, Any]:
     }
 
 
-def _count(top: str, rows: float) -> int:
-    """How many rows a number or a share of them is."""
+def _count(top: str, rows: int | None) -> int:
+    """How many rows a number or a share of them is; where their number is not known yet, one at least."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", top)
     count = 0
-    if match and match[2] and 0 < float(match[1]) <= 100:
-        count = 1 if math.isinf(rows) else math.ceil(float(match[1]) / 100 * rows)
+    if match and match[2] and 0 < Fraction(match[1]) <= _PERCENT:
+        count = 1 if rows is None else math.ceil(Fraction(match[1]) * rows / _PERCENT)
     elif match and not match[2] and match[1].isdigit():
         count = int(match[1])
-    if not 1 <= count <= rows:
-        most = "" if math.isinf(rows) else f", of {rows:,} valid train rows"
+    if count < 1 or (rows is not None and count > rows):
+        most = "" if rows is None else f", of {rows:,} valid train rows"
         raise SpecError(f"--top: found {top!r}; accepted: a number from 1, or a share such as 5%{most}.")
     return count
 
@@ -215,12 +230,18 @@ def _count(top: str, rows: float) -> int:
 def render_influence(found: Mapping[str, Any]) -> Table:
     """Draw the influence of labels or sources for a terminal."""
     from rich.table import Table
+    from rich.text import Text
+
+    from gradstore.stages.report.formatting import one_line
 
     title = f"influence on {found['queries']:,} queries: {found['kernel']}, {found['weights'] or UNWEIGHTED}"
-    table = Table(found["by"], title=title, title_justify="left")
+    table = Table(found["by"], title=Text(title), title_justify="left")
     for column in ("rows", "sum", "mean", "above 0"):
         table.add_column(column, justify="right")
     for row in found["rows"]:
-        name = "(none)" if row[found["by"]] is None else row[found["by"]]
-        table.add_row(name, f"{row['rows']:,}", f"{row['sum']:.4g}", f"{row['mean']:.4g}", f"{row['positive']:.0%}")
+        name = "(none)" if row[found["by"]] is None else one_line(row[found["by"]], _LABEL_LENGTH)
+        # Not as markup, which labels may look like.
+        table.add_row(
+            Text(name), f"{row['rows']:,}", f"{row['sum']:.4g}", f"{row['mean']:.4g}", f"{row['positive']:.0%}"
+        )
     return table

@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from gradstore.errors import StorageError
+from gradstore.errors import SpecError, StorageError
+from gradstore.store.backend import Storage
+
+
+def require_place(output: Path, storage: Storage, *, force: bool) -> None:
+    """Refuse a file that cannot be there, would take another's place, or would lie among a store's objects.
+
+    Raises
+    ------
+    SpecError
+        Naming the file, and what to do.
+    """
+    if not output.parent.is_dir():
+        raise SpecError(f"{output}: the folder {output.parent} does not exist. Make it, or choose another place.")
+    if output.is_dir():
+        raise SpecError(f"{output}: is a folder. Choose another name.")
+    if "://" not in storage.url:
+        root = Path(storage.url).resolve()
+        if root in (output.parent.resolve() / output.name).parents:
+            raise SpecError(f"{output}: lies inside the store {storage.url}. Choose another place.")
+    if os.path.lexists(output) and not force:
+        raise SpecError(f"{output}: exists already, and is left as it is. Choose another name, or give --force.")
 
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """Give a temporary file beside ``output``, which gets its name once it is whole, and goes if anything fails."""
-    temporary = output.with_name(f".gradstore-{uuid4().hex}{output.suffix}")
+    temporary = output.parent / f".gradstore-{uuid4().hex}{output.suffix}"
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -26,4 +47,6 @@ def replacing(output: Path) -> Iterator[Path]:
             "same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder is none, there is nothing to remove either; what failed is told above.
+        with suppress(OSError):
+            temporary.unlink()

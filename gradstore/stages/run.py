@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gradstore.cluster import Engine
+from gradstore.errors import NotReadyError
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute import contribute
 from gradstore.stages.featurize import featurize
@@ -48,6 +49,10 @@ def stages_of(spec: RunSpec) -> tuple[Stage, ...]:
 
 
 def _refuse_given_weights(storage: Storage, name: str) -> None:
-    # First, since where there is no store yet there are no weights either, and featurize brings none.
-    WeightsArtifact.open(storage, name)
+    # Where there is no store yet there are no weights either, and featurize brings none.
+    if WeightsArtifact.find_named(storage, name) is None:
+        raise NotReadyError(
+            f"{storage.url}/weights/{name}: there is no such artifact, and this run does not learn it. Bring it by `gradstore "
+            "transfer`, or name weights that are there in contribute.weights or score.weights."
+        )
     read_weights(FeatureStore.open(storage), name)

@@ -101,10 +101,11 @@ def _rows(arrays: Sequence[FeatureArray], weights_M: np.ndarray, by: By) -> list
 def render_weights(found: Mapping[str, Any]) -> list[Table]:
     """Draw weights for a terminal, a table for each, and one of similarities where there are several."""
     from rich.table import Table
+    from rich.text import Text
 
     by, tables = found["by"], []
     for item in found["weights"]:
-        table = Table(by, title=f"weights {item['name']} ({item['kernel']})", title_justify="left")
+        table = Table(by, title=Text(f"weights {item['name']} ({item['kernel']})"), title_justify="left")
         for column in ("depth", "function") if by == "group" else ("groups",):
             table.add_column(column, justify="right" if column != "function" else "left")
         table.add_column("weight", justify="right")
@@ -114,7 +115,7 @@ def render_weights(found: Mapping[str, Any]) -> list[Table]:
         for row in item["rows"]:
             between = [str(row["depth"]), row["function"]] if by == "group" else [str(row["groups"])]
             bar = "#" * round(_BAR * row["ratio"] / most)
-            table.add_row(str(row[by]), *between, f"{row['weight']:.4f}", f"{row['ratio']:.2f}", bar)
+            table.add_row(Text(str(row[by])), *map(Text, between), f"{row['weight']:.4f}", f"{row['ratio']:.2f}", bar)
         tables.append(table)
     if len(found["weights"]) > 1:
         names = [item["name"] for item in found["weights"]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import SpecError
 from gradstore.spec.sections import NAME
-from gradstore.stages.weights import open_weights, refuse_other_groups, weight_by_group
+from gradstore.stages.weights import UNWEIGHTED, open_weights, refuse_other_groups, weight_by_group
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.features import FeatureStore
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def transfer(source_url: str, name: str, store_url: str, new_name: str) -> dict[str, Any]:
-    """Write to a store weights of another one, or of its own under another name; return where they came from and went to.
+    """Write to a store weights of another one; return where they came from and went to.
 
     Parameters
     ----------
@@ -28,17 +28,20 @@ def transfer(source_url: str, name: str, store_url: str, new_name: str) -> dict[
     Raises
     ------
     SpecError
-        If the name is none.
+        If the name is none, or both are one store.
     NotReadyError
         If they have not been learned, or the store has no train set.
     ContractError
         If they are of other groups than the store's, or the name is taken.
     """
-    if not re.fullmatch(NAME, new_name):
+    if not re.fullmatch(NAME, new_name) or new_name == UNWEIGHTED:
         raise SpecError(
-            f"--as: found {new_name!r}; accepted: letters, digits, - and _, the first of them a letter or digit."
+            f"--as: found {new_name!r}; accepted: letters, digits, - and _, the first of them a letter or digit, but not "
+            f"{UNWEIGHTED}, which has another meaning."
         )
     source, store = FeatureStore.open(source_url), FeatureStore.open(store_url)
+    if source.storage.url == store.storage.url:
+        raise SpecError(f"{store.storage.url}: has {name} already. Name it where it is asked for: in score.weights.")
     learned = open_weights(source, name)
     weights, arrays = weight_by_group(learned), store.open_set("train").info.arrays
     where = f"{source.storage.url}/{learned.folder}"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gradstore.cluster import Engine
 from gradstore.errors import NotReadyError, SpecError, StorageError
 from gradstore.plan import sizes
 from gradstore.stages.contribute import contribute
-from gradstore.stages.influence import influence, render_influence, select, set_influence
+from gradstore.stages.influence import _count, influence, render_influence, select, set_influence
 from gradstore.stages.kernel import build_kernel
+from gradstore.stages.output import replacing
 from gradstore.stages.progress import Progress
 from gradstore.store.features import FeatureStore
 from tests import oracle, stores
@@ -109,8 +112,8 @@ def test_select_writes_the_ids_of_the_largest_or_lowest(
     best = oracle.top(-found.totals if lowest else found.totals, count)
     ids = FeatureStore.open(made.url).open_set("train").read_column("example_id")
 
-    told = select(made.url, tmp_path / "ids.txt", top, kernel=None, weights="given", lowest=lowest)
-    select(made.url, tmp_path / "ids.jsonl", top, kernel=None, weights="given", lowest=lowest)
+    told = select(made.url, tmp_path / "ids.txt", top, (None, "given"), lowest=lowest)
+    select(made.url, tmp_path / "ids.jsonl", top, (None, "given"), lowest=lowest)
 
     chosen = [ids[found.rows[place]] for place in best]
     assert (tmp_path / "ids.txt").read_text(encoding="utf-8").splitlines() == chosen
@@ -126,7 +129,7 @@ def test_a_number_that_is_none_or_too_large_is_refused_and_no_file_written(
     made: RandomStore, tmp_path: Path, top: str
 ) -> None:
     with pytest.raises(SpecError, match="--top: found"):
-        select(made.url, tmp_path / "ids.txt", top, kernel=None, weights=None, lowest=False)
+        select(made.url, tmp_path / "ids.txt", top, (None, None))
     assert not list(tmp_path.iterdir())
 
 
@@ -137,8 +140,47 @@ def test_what_is_not_there_is_told(made: RandomStore, tmp_path: Path) -> None:
         set_influence(made.url, None, "none")
     with pytest.raises(NotReadyError, match="holds no contributions of eval"):
         set_influence(random_store().url, None, None)
-    with pytest.raises(StorageError, match="cannot be written"):
-        select(made.url, tmp_path / "no" / "ids.txt", "1", kernel=None, weights=None, lowest=False)
+    with pytest.raises(SpecError, match=r"the folder .* does not exist"):
+        select(made.url, tmp_path / "no" / "ids.txt", "1", (None, None))
+
+
+def test_no_file_is_replaced_unasked_and_none_of_a_store(tmp_path: Path) -> None:
+    made, output = made_of(random_store(tmp_path)), tmp_path / "ids.txt"
+    output.write_text("mine", encoding="utf-8")
+
+    with pytest.raises(SpecError, match=r"exists already, and is left as it is\. .* --force"):
+        select(made.url, output, "1", (None, None))
+    with pytest.raises(SpecError, match="lies inside the store"):
+        select(made.url, tmp_path / "store" / "gradstore.json", "1", (None, None), force=True)
+    assert output.read_text(encoding="utf-8") == "mine"
+    select(made.url, output, "1", (None, None), force=True)
+    assert output.read_text(encoding="utf-8") != "mine"
+
+
+@pytest.mark.parametrize(("top", "count"), [("7%", 7), ("14%", 14), ("56%", 56), ("0.5%", 1), ("1.5%", 2)])
+def test_a_share_is_exact_and_rounded_up(top: str, count: int) -> None:
+    assert _count(top, 100) == count
+
+
+def test_labels_are_no_markup_and_kept_on_one_line() -> None:
+    row = {"rows": 1, "sum": 1.0, "mean": 1.0, "positive": 1.0}
+    labels = ["[/INST]", "[red]x", "two\nlines", None]
+    rows = [{"label": label, **row} for label in labels]
+    shown = Console(width=120, file=StringIO())
+
+    shown.print(render_influence({"by": "label", "queries": 2, "kernel": "block", "weights": None, "rows": rows}))
+
+    assert isinstance(shown.file, StringIO)
+    text = shown.file.getvalue()
+    assert all(label in text for label in ("[/INST]", "[red]x", "two lines", "(none)"))
+
+
+@pytest.mark.parametrize("place", ["file/x.html", "no/x.html", "n" * 300])
+def test_a_file_that_cannot_be_is_told_as_such(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"), replacing(tmp_path / place) as temporary:
+        temporary.write_text("", encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_commands_print_and_write(tmp_path: Path) -> None:

@@ -104,6 +104,16 @@ def test_objectives_that_need_the_lowest_scores_are_those_that_the_plan_knows() 
     assert set(ENDS) == set(get_args(LearnSection.model_fields["objective"].annotation))
 
 
+def test_k_counts_valid_rows_before_anything_is_written() -> None:
+    store = make_store(invalid=range(6, 23))
+    contributing.run(make_spec(store))
+
+    with pytest.raises(SpecError, match=r"learn\.k: found 10; accepted: at most the 6 train examples that are valid"):
+        weights_of(store, "learned", k=10)
+    assert WeightsArtifact.find_named(store.storage, "learned") is None
+    assert weights_of(store, "learned", k=6)[0].sum() == pytest.approx(1)
+
+
 def test_memory_is_a_size() -> None:
     with pytest.raises(SpecError, match=r"learn\.memory: found 'much'; accepted: a size such as"):
         make_spec(make_store(), learn={"memory": "much"})

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from gradstore.cluster import Engine
-from gradstore.errors import ContractError, NotReadyError
+from gradstore.errors import ContractError, NotReadyError, SpecError
 from gradstore.stages.contribute import contribute
 from gradstore.stages.featurize import featurize
 from gradstore.stages.kernel import build_kernel
@@ -16,6 +16,7 @@ from gradstore.stages.learn import learn
 from gradstore.stages.progress import Progress
 from gradstore.stages.run import STAGES, stages_of
 from gradstore.stages.score import score
+from gradstore.stages.transfer import transfer
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureStore
@@ -122,3 +123,21 @@ def test_the_command_refuses_before_it_reads_data_or_a_model(tmp_path: Path) -> 
         "weights/learned was made with other settings:\n  learner.k: store has 4, the run asks for 3" in refused.stderr
     )
     assert "reading" not in refused.stderr
+
+
+def test_weights_of_another_store_are_no_name_to_learn_under(learned: FeatureStore) -> None:
+    store = make_store()
+    transfer(learned.storage.url, "learned", store.storage.url, "learned")
+
+    with pytest.raises(ContractError, match=r"weights/learned was taken from memory://.*Choose another learn\.name"):
+        stages_of(make_spec(store))
+    # Ranked by, it needs not be learned.
+    assert stages_of(make_spec(store, learn={"name": "own"}, score={"weights": ["learned"]})) == STAGES
+
+
+@pytest.mark.parametrize("mode", ["scores", "streamed"])
+def test_without_c_there_is_nothing_to_rank_by_further_weights(mode: str) -> None:
+    with pytest.raises(SpecError, match=rf'score\.weights: found other with contribute\.mode = "{mode}"'):
+        make_spec(make_store(), contribute={"mode": mode}, score={"weights": ["other"]})
+    with pytest.raises(SpecError, match="by which rows are ranked anyway"):
+        make_spec(make_store(), score={"weights": ["unweighted"]})

@@ -104,7 +104,11 @@ def test_weights_of_other_groups_or_under_a_name_that_is_taken_or_none_are_not_t
     before = all_objects(store.storage)
     give_weights(store, {"a": 0.5, "strange": 0.5}, "other")
     with pytest.raises(ContractError, match=r"weights/other: its groups are not those of features/train: b is in one"):
-        transfer(store.storage.url, "other", store.storage.url, "again")
+        transfer(store.storage.url, "other", learned.storage.url, "again")
+    with pytest.raises(SpecError, match="has learned already"):
+        transfer(learned.storage.url, "learned", learned.storage.url, "again")
+    with pytest.raises(SpecError, match="but not unweighted"):
+        transfer(learned.storage.url, "learned", store.storage.url, "unweighted")
     with pytest.raises(ContractError, match="weights/other"):
         transfer(learned.storage.url, "learned", store.storage.url, "other")
     with pytest.raises(SpecError, match=r"--as: found '\.\./out'; accepted"):
@@ -136,11 +140,13 @@ def test_rankings_are_made_by_all_weights_in_one_read() -> None:
 
 
 def test_the_commands_print_tables_or_json(tmp_path: Path) -> None:
-    store = FeatureStore.open(random_store(tmp_path).url)
+    (tmp_path / "other").mkdir()
+    store, other = (FeatureStore.open(random_store(folder).url) for folder in (tmp_path, tmp_path / "other"))
     give_weights(store, dict.fromkeys(stores.GROUPS, 0.25))
+    give_weights(other, dict.fromkeys(stores.GROUPS, 0.25))
 
     table = gradstore("weights", store.storage.url, "--by", "depth")
-    moved = gradstore("transfer", store.storage.url, "given", store.storage.url, "--as", "again", "--json")
+    moved = gradstore("transfer", other.storage.url, "given", store.storage.url, "--as", "again", "--json")
     found = gradstore("weights", store.storage.url, "--json")
 
     assert (table.returncode, moved.returncode, found.returncode) == (0, 0, 0)

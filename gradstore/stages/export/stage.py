@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from gradstore.errors import ResourceError, SpecError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.export.files import KINDS, FileKind
 from gradstore.stages.export.selection import Chosen, Selection, choose
-from gradstore.stages.output import replacing
+from gradstore.stages.output import replacing, require_place
 from gradstore.stages.progress import Progress
-from gradstore.store.backend import Storage
 from gradstore.store.features import FeatureStore
 
 
@@ -69,7 +67,7 @@ def export(
     """
     kind = _kind(output)
     store = FeatureStore.open(store_url)
-    _require_place(output, store.storage, force=force)
+    require_place(output, store.storage, force=force)
     chosen = choose(store, selection)
     _require_room(output, kind, chosen, room or Room.at(output.parent))
     feature_set = chosen.feature_set
@@ -100,20 +98,6 @@ def _kind(output: Path) -> FileKind:
     if output.suffix not in KINDS:
         raise SpecError(f"{output}: found suffix {output.suffix!r}; accepted: {', '.join(KINDS)}.")
     return KINDS[output.suffix]
-
-
-def _require_place(output: Path, storage: Storage, *, force: bool) -> None:
-    """Refuse a file that cannot be there, would take another's place, or would lie among a store's objects."""
-    if not output.parent.is_dir():
-        raise SpecError(f"{output}: the folder {output.parent} does not exist. Make it, or choose another place.")
-    if output.is_dir():
-        raise SpecError(f"{output}: is a folder. Choose another name.")
-    if "://" not in storage.url:
-        root = Path(storage.url).resolve()
-        if root in (output.parent.resolve() / output.name).parents:
-            raise SpecError(f"{output}: lies inside the store {storage.url}. Choose another place.")
-    if os.path.lexists(output) and not force:
-        raise SpecError(f"{output}: exists already, and is left as it is. Choose another name, or give --force.")
 
 
 def _require_room(output: Path, kind: FileKind, chosen: Chosen, room: Room) -> None:

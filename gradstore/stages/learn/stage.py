@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.cluster import Engine
-from gradstore.errors import SpecError
+from gradstore.errors import ContractError, SpecError
 from gradstore.plan.sizes import learner_tile
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import Contributions
@@ -49,8 +49,9 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
 def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
     contributions = Contributions.open(store, spec.kernel.name, "learn")
     shape = contributions.artifact.shape
-    if spec.learn.k > shape.num_examples:
-        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {shape.num_examples} train examples.")
+    valid = len(contributions.valid_rows())
+    if spec.learn.k > valid:
+        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {valid} train examples that are valid.")
     tile = learner_tile((shape.queries, shape.rows, len(shape.groups)))
     settings = learner_settings(spec, tile, contributions.artifact.settings["transform"])
     artifact = WeightsArtifact.create(
@@ -92,6 +93,11 @@ def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
         artifact = WeightsArtifact.find_named(storage, swept.learn.name)
         if artifact is None:
             continue
+        if "transferred_from" in artifact.settings:
+            raise ContractError(
+                f"learn.name: the artifact {storage.url}/{artifact.folder} was taken from "
+                f"{artifact.settings['transferred_from']['store']}. Choose another learn.name, and rank by it with score.weights."
+            )
         learner = asdict(learner_settings(swept, tile=1))
         asked = _made_from(swept, {name: learner[name] for name in learner if name not in _TOLD_BY_CONTRIBUTIONS})
         stored = {name: artifact.settings.get(name) for name in asked}
