@@ -119,8 +119,7 @@ def _open(
             (0, rows_N, transformed(s_QN.astype(np.float64), transform)) for rows_N, s_QN in matrix.read_blocks()
         )
     contributions = Contributions.open(store, kernel, _QUERIES)
-    groups, transform = len(contributions.artifact.shape.groups), contributions.artifact.settings["transform"]
-    weights_M = np.full(groups, 1 / groups) if weights is None else read_weights(store, weights)
+    transform, weights_M = contributions.artifact.settings["transform"], read_weights(store, weights)
     reads = Reads(contributions, Progress(quiet=True), "influence")
     return contributions.valid_rows(), (
         (first, rows_N, transformed(c_QNM @ weights_M, transform)) for first, rows_N, c_QNM in reads.read()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import SpecError
 from gradstore.spec.sections import NAME
-from gradstore.stages.weights import UNWEIGHTED, open_weights, refuse_other_groups, weight_by_group
+from gradstore.stages.weights import UNWEIGHTED, open_weights, refuse_strange_groups, weight_by_group
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.features import FeatureStore
 
@@ -45,7 +45,7 @@ def transfer(source_url: str, name: str, store_url: str, new_name: str) -> dict[
     learned = open_weights(source, name)
     weights, arrays = weight_by_group(learned), store.open_set("train").info.arrays
     where = f"{source.storage.url}/{learned.folder}"
-    refuse_other_groups(where, weights, [array.name for array in arrays])
+    refuse_strange_groups(where, weights, [array.name for array in arrays])
     record = learned.log.require(0, f"{where}: not learned to the end.")
     made = {key: learned.settings[key] for key in ("learner", "kernel", "queries")}
     artifact = WeightsArtifact.create(

@@ -27,8 +27,8 @@ def open_weights(store: FeatureStore, name: str) -> WeightsArtifact:
     return artifact
 
 
-def read_weights(store: FeatureStore, name: str) -> np.ndarray:
-    """Read weights, float64 [M], in the order of the train set's groups.
+def read_weights(store: FeatureStore, name: str | None) -> np.ndarray:
+    """Read weights, float64 [M], in the order of the train set's groups; without a name 1 / M for each.
 
     Raises
     ------
@@ -37,10 +37,12 @@ def read_weights(store: FeatureStore, name: str) -> np.ndarray:
     ContractError
         If they are of other groups.
     """
+    groups = [array.name for array in store.open_set("train").info.arrays]
+    if name is None:
+        return np.full(len(groups), 1 / len(groups))
     artifact = open_weights(store, name)
     found = weight_by_group(artifact)
-    groups = [array.name for array in store.open_set("train").info.arrays]
-    refuse_other_groups(f"{store.storage.url}/{artifact.folder}", found, groups)
+    refuse_strange_groups(f"{store.storage.url}/{artifact.folder}", found, groups)
     return np.array([found[group] for group in groups])
 
 
@@ -50,7 +52,7 @@ def weight_by_group(artifact: WeightsArtifact) -> dict[str, float]:
     return dict(zip(table["group"].to_pylist(), table["weight"].to_pylist(), strict=True))
 
 
-def refuse_other_groups(where: str, found: dict[str, float], groups: list[str]) -> None:
+def refuse_strange_groups(where: str, found: dict[str, float], groups: list[str]) -> None:
     """Make sure that weights are of the groups of the train set.
 
     Raises

@@ -152,12 +152,7 @@ def weights_of(store: FeatureStore, target: Target, spec: RunSpec) -> np.ndarray
     NotReadyError, ContractError
         See `read_weights`.
     """
-    if spec.contribute.mode != "scores":
-        return None
-    if target.weights is None:
-        groups = len(store.open_set("train").info.arrays)
-        return np.full(groups, 1 / groups)
-    return read_weights(store, target.weights)
+    return read_weights(store, target.weights) if spec.contribute.mode == "scores" else None
 
 
 def refuse_weights(store: FeatureStore, spec: RunSpec, targets: Sequence[Target]) -> None:

@@ -77,8 +77,7 @@ def open_source(spec: RunSpec, store: FeatureStore) -> Source:
     if spec.contribute.mode == "scores":
         return FromScores(store, weighted_methods(spec))
     for method in weighted_methods(spec):
-        if method.weights is not None:
-            read_weights(store, method.weights)
+        read_weights(store, method.weights)
     return FromContributions(store, Contributions.open(store, spec.kernel.name, "eval"))
 
 
@@ -112,12 +111,7 @@ class FromContributions:
     def rank(self, methods: Sequence[Method], keep: int, progress: Progress) -> dict[Method, Ranks]:
         """See `Source`."""
         shape = self._contributions.artifact.shape
-        vectors = {}
-        for method in methods:
-            if method.weights is not None:
-                vectors[method] = read_weights(self._store, method.weights)
-            elif method.kernel is not None:
-                vectors[method] = np.full(len(shape.groups), 1 / len(shape.groups))
+        vectors = {method: read_weights(self._store, method.weights) for method in methods if method.kernel is not None}
         if not vectors:
             return {}
         parts: dict[Method, list[Ranks]] = {method: [] for method in vectors}
