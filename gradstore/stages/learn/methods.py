@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradstore.cluster.tasks import one_thread
-from gradstore.errors import NotReadyError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.contributions import Contributions, Reads
 from gradstore.stages.progress import Progress
@@ -59,15 +59,7 @@ def certified(
         f"certified by {proof.reads} reads of C; {proof.kept_rows:,} rows of a query at most were kept, "
         f"{gigabytes(proof.kept_bytes)} in all"
     )
-    return found.learned, {
-        "method": "certified",
-        "reads": proof.reads,
-        "added": list(proof.added),
-        "kept_rows": proof.kept_rows,
-        "kept_bytes": proof.kept_bytes,
-        "ties": proof.ties,
-        "norm_error": proof.norm_error,
-    }
+    return found.learned, {"method": "certified", **asdict(proof)}
 
 
 def streamed(contributions: Contributions, settings: LearnerSettings, progress: Progress) -> Found:
@@ -108,9 +100,8 @@ def _moments_of(contributions: Contributions) -> MomentsArtifact | str:
     """A_q and candidates of C, whole; or why there are none."""
     artifact = contributions.artifact
     kernel, set_name = artifact.folder.split("/")[1:]
-    try:
-        moments = MomentsArtifact.open(artifact.storage, (kernel, set_name))
-    except NotReadyError:
+    moments = MomentsArtifact.find_named(artifact.storage, kernel, set_name)
+    if moments is None:
         return f"there is no moments/{kernel}/{set_name}: contribute.second_moments was false"
     if not moments.is_complete():
         return f"{moments.folder} is not whole"
