@@ -1,19 +1,20 @@
 """The command line: parse, call one stage, print. Nothing heavy is imported before a command runs.
 
-runs    commands that take a run.toml
-synth   the command that makes a synthetic run
-stores  commands that take a store
+runs         commands that take a run.toml
+synth        the command that makes a synthetic run
+stores       commands that take a store
+attribution  those of them that show weights and influence
 """
 
 from __future__ import annotations
 
 import sys
 
-from gradstore.cli import runs, stores, synth
+from gradstore.cli import attribution, runs, stores, synth
 from gradstore.cli.application import app
 from gradstore.errors import GradstoreError
 
-__all__ = ["app", "main", "runs", "stores", "synth"]
+__all__ = ["app", "attribution", "main", "runs", "stores", "synth"]
 
 
 def main() -> None:

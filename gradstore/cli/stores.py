@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,10 +14,6 @@ from gradstore.errors import StoppedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-Kernel = Annotated[
-    str | None, typer.Option("--kernel", help="Name of the kernel, where a store has contributions of several.")
-]
-Weights = Annotated[str | None, typer.Option("--weights", help="Name of the weights; none by default.")]
 Full = Annotated[bool, typer.Option("--full", help="Read every byte; without, one listing and the records.")]
 
 
@@ -50,90 +46,6 @@ def status(store: Store, as_json: Json = False) -> None:
         typer.echo(json.dumps(found))
     else:
         draw(render_status(found))
-
-
-@app.command()
-def weights(
-    store: Store,
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which weights; all by default.")
-    ] = None,
-    by: Annotated[
-        Literal["group", "depth", "function"], typer.Option("--by", help="What is one row: sums over its groups.")
-    ] = "group",
-    as_json: Json = False,
-) -> None:
-    """Show learned weights by group, or summed along the depth or by function, and how alike several are."""
-    from gradstore.stages.show_weights import render_weights, show_weights
-
-    found = show_weights(store, names or [], by)
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        draw(*render_weights(found))
-
-
-@app.command()
-def transfer(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The store that they were learned on.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the weights there.")],
-    store: Store,
-    new_name: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="Their name in STORE; the same by default.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Give a store the weights that were learned on another one, if it has the same groups; see score.weights."""
-    from gradstore.stages.transfer import transfer as stage
-
-    found = stage(source, name, store, new_name or name)
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        typer.echo(f"{found['to']}: weights of {found['groups']:,} groups from {found['from']}")
-
-
-@app.command()
-def influence(
-    store: Store,
-    by: Annotated[Literal["label", "source"], typer.Option("--by", help="Whose train rows are summed.")] = "label",
-    kernel: Kernel = None,
-    weighted: Weights = None,
-    as_json: Json = False,
-) -> None:
-    """Sum the scores of all eval queries over the train rows of every label or source."""
-    from gradstore.stages.influence import influence as stage
-    from gradstore.stages.influence import render_influence
-
-    found = stage(store, kernel, weighted, by)
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        draw(render_influence(found))
-
-
-@app.command()
-def select(  # noqa: PLR0913 - typer takes a command's options from its parameters
-    store: Store,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The file to write: ids, one a line; .jsonl with rows and influence.")
-    ],
-    *,
-    top: Annotated[str, typer.Option("--top", help="How many train examples: a number, or a share such as 5%.")],
-    kernel: Kernel = None,
-    weighted: Weights = None,
-    lowest: Annotated[bool, typer.Option("--lowest", help="Those of the lowest influence instead.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Choose the train examples whose scores, summed over all eval queries, are the largest."""
-    from gradstore.stages.influence import select as stage
-
-    found = stage(store, output, top, (kernel, weighted), lowest=lowest, force=force)
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        typer.echo(f"{found['output']}: {found['examples']:,} of {found['of']:,} train examples")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What train examples do to the eval queries together: summed, by label, and chosen by."""
+"""What train examples do to the eval queries, or to themselves: summed, by label, and chosen by."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import pytest
 from rich.console import Console
 
 from gradstore.cluster import Engine
-from gradstore.errors import NotReadyError, SpecError, StorageError
+from gradstore.errors import ContractError, NotReadyError, SpecError, StorageError
 from gradstore.plan import sizes
 from gradstore.stages.contribute import contribute
-from gradstore.stages.influence import _count, influence, render_influence, select, set_influence
+from gradstore.stages.featurize.tables import statistics_of
+from gradstore.stages.influence import Asked, find_influence, influence, render_influence, select
+from gradstore.stages.influence.stage import _count
 from gradstore.stages.kernel import build_kernel
 from gradstore.stages.output import replacing
 from gradstore.stages.progress import Progress
+from gradstore.stages.self_influence import self_influence
+from gradstore.store.artifacts import SelfInfluenceArtifact
 from gradstore.store.features import FeatureStore
+from gradstore.store.features.erasure import erase_rows
 from tests import oracle, stores
 from tests.contributing import give_weights, stored_c
 from tests.gradients import RandomStore, random_store
@@ -57,7 +62,7 @@ def test_influence_is_the_sum_of_scores_over_the_queries(
     # So that queries are read in several parts.
     monkeypatch.setattr("gradstore.stages.contributions.verified_queries", lambda *_: 2)
 
-    found = set_influence(made.url, None, weights)
+    found = find_influence(made.url, Asked(weights=weights))
 
     vector = np.full(len(GIVEN), 1 / len(GIVEN)) if weights is None else np.array([*GIVEN.values()])
     valid = [row for row in range(11) if row not in INVALID]
@@ -69,28 +74,103 @@ def test_influence_is_the_sum_of_scores_over_the_queries(
 def test_scores_in_place_of_c_give_the_same_influence(made: RandomStore) -> None:
     scores = made_of(random_store(invalid=INVALID), {"contribute": {"mode": "scores"}})
 
-    found = set_influence(scores.url, "block", None)
+    found = find_influence(scores.url, Asked(kernel="block"))
 
-    np.testing.assert_allclose(found.totals, set_influence(made.url, "block", None).totals, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        found.totals, find_influence(made.url, Asked(kernel="block")).totals, rtol=1e-4, atol=1e-6
+    )
     with pytest.raises(NotReadyError, match=r"score-matrices/block\.given/eval"):
-        set_influence(scores.url, None, "given")
+        find_influence(scores.url, Asked(weights="given"))
 
 
 def test_squares_are_summed_where_scores_are_squared_in_the_end() -> None:
     made = made_of(random_store(output="das"), {"kernel": {"kind": "full"}})
 
-    found = set_influence(made.url, None, None)
+    found = find_influence(made.url, Asked())
 
     c = stored_c(FeatureStore.open(made.url), "eval", "full")
     squares = oracle.scores(c, np.full(c.shape[2], 1 / c.shape[2])) ** 2
     np.testing.assert_allclose(found.totals, squares.sum(0), rtol=1e-5)
 
 
+def test_the_influence_on_one_query_is_its_scores(made: RandomStore) -> None:
+    found = find_influence(made.url, Asked(query="eval-1", weights="given"))
+
+    scores = oracle.scores(stored_c(FeatureStore.open(made.url), "eval"), np.array([*GIVEN.values()]))[1]
+    assert found.queries == 1
+    np.testing.assert_allclose(found.totals, scores[found.rows], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [None, "given"])
+def test_self_influence_is_summed_over_groups_and_members(weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    etas = {"a": 0.5, "b": 2.0}
+    members = [{"name": name, "eta": eta} for name, eta in etas.items()]
+    monkeypatch.setattr(stores, "RUN", {**stores.RUN, "model": {"members": members}})
+    made = random_store(etas=etas, invalid=INVALID)
+    give_weights(FeatureStore.open(made.url), GIVEN)
+    self_influence(made.spec({"kernel": {"kind": "identity"}}), ENGINE, QUIET)
+
+    found = find_influence(made.url, Asked(on_itself=True, weights=weights))
+
+    expected_N = np.zeros(11)
+    for member, eta in etas.items():
+        for group, rows in made.features("train", member).items():
+            for n, row in enumerate(rows.astype(np.float64)):
+                expected_N[n] += eta * (1 if weights is None else GIVEN[group]) * sum(value**2 for value in row)
+    assert found.rows.tolist() == [row for row in range(11) if row not in INVALID]
+    assert (found.queries, found.kernel) == (0, "identity")
+    np.testing.assert_allclose(found.totals, expected_N[found.rows], rtol=1e-5)
+
+
+def test_rows_are_summed_and_chosen_by_self_influence(tmp_path: Path) -> None:
+    made = random_store(zero=[4])
+    spec = made.spec({})
+    build_kernel(spec, ENGINE, QUIET)
+    with pytest.raises(NotReadyError, match=r"holds no self-influence\. Run `gradstore self-influence` first\."):
+        select(made.url, tmp_path / "ids.txt", "1", Asked(on_itself=True))
+    self_influence(spec, ENGINE, QUIET)
+
+    select(made.url, tmp_path / "ids.txt", "1", Asked(on_itself=True), lowest=True)
+    found = influence(made.url, Asked(on_itself=True), "label")
+
+    assert (tmp_path / "ids.txt").read_text(encoding="utf-8") == "train-4\n"
+    tau = SelfInfluenceArtifact.open(FeatureStore.open(made.url).storage, "block", "m0").read()
+    assert sum(row["sum"] for row in found["rows"]) == pytest.approx(float(tau.sum()))
+    shown = Console(width=120, file=StringIO())
+    shown.print(render_influence(found))
+    assert isinstance(shown.file, StringIO)
+    assert "self-influence: block, unweighted" in shown.file.getvalue()
+
+
+def test_self_influence_of_other_rows_than_the_train_set_has_now_is_refused() -> None:
+    made = random_store()
+    spec = made.spec({"kernel": {"kind": "identity"}})
+    self_influence(spec, ENGINE, QUIET)
+    erase_rows(FeatureStore.open(made.url), "train", [3], statistics_of)
+
+    with pytest.raises(ContractError, match="self-influence/identity/m0: is stale"):
+        find_influence(made.url, Asked(on_itself=True))
+
+
+def test_an_id_that_is_not_one_line_goes_to_jsonl_only(
+    made: RandomStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = "two\u2028lines"
+    monkeypatch.setattr("gradstore.store.features.FeatureSet.read_column", lambda *_: [strange] * 11)
+
+    with pytest.raises(SpecError, match=r"the id 'two\\u2028lines' is not one line.*ends in \.jsonl"):
+        select(made.url, tmp_path / "ids.txt", "2", Asked())
+    assert not list(tmp_path.iterdir())
+    select(made.url, tmp_path / "ids.jsonl", "2", Asked())
+    lines = (tmp_path / "ids.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["example"] for line in lines] == [strange] * 2
+
+
 def test_labels_are_summed_largest_first(made: RandomStore) -> None:
-    totals = set_influence(made.url, None, None)
+    totals = find_influence(made.url, Asked())
     labels = FeatureStore.open(made.url).open_set("train").read_column("label")
 
-    found = influence(made.url, None, None, "label")
+    found = influence(made.url, Asked(), "label")
 
     sums: dict[str | None, list[float]] = {}
     for row, total in zip(totals.rows, totals.totals, strict=True):
@@ -100,7 +180,7 @@ def test_labels_are_summed_largest_first(made: RandomStore) -> None:
     }
     assert [row["sum"] for row in found["rows"]] == sorted((row["sum"] for row in found["rows"]), reverse=True)
     assert render_influence(found).row_count == len(sums)
-    assert sum(row["rows"] for row in influence(made.url, None, None, "source")["rows"]) == len(totals.rows)
+    assert sum(row["rows"] for row in influence(made.url, Asked(), "source")["rows"]) == len(totals.rows)
 
 
 @pytest.mark.parametrize(("top", "count"), [("3", 3), ("25%", 3), ("100%", 9), ("0.1%", 1)])
@@ -108,12 +188,12 @@ def test_labels_are_summed_largest_first(made: RandomStore) -> None:
 def test_select_writes_the_ids_of_the_largest_or_lowest(
     made: RandomStore, tmp_path: Path, top: str, count: int, lowest: bool
 ) -> None:
-    found = set_influence(made.url, None, "given")
+    found = find_influence(made.url, Asked(weights="given"))
     best = oracle.top(-found.totals if lowest else found.totals, count)
     ids = FeatureStore.open(made.url).open_set("train").read_column("example_id")
 
-    told = select(made.url, tmp_path / "ids.txt", top, (None, "given"), lowest=lowest)
-    select(made.url, tmp_path / "ids.jsonl", top, (None, "given"), lowest=lowest)
+    told = select(made.url, tmp_path / "ids.txt", top, Asked(weights="given"), lowest=lowest)
+    select(made.url, tmp_path / "ids.jsonl", top, Asked(weights="given"), lowest=lowest)
 
     chosen = [ids[found.rows[place]] for place in best]
     assert (tmp_path / "ids.txt").read_text(encoding="utf-8").splitlines() == chosen
@@ -129,19 +209,23 @@ def test_a_number_that_is_none_or_too_large_is_refused_and_no_file_written(
     made: RandomStore, tmp_path: Path, top: str
 ) -> None:
     with pytest.raises(SpecError, match="--top: found"):
-        select(made.url, tmp_path / "ids.txt", top, (None, None))
+        select(made.url, tmp_path / "ids.txt", top, Asked())
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_there_is_told(made: RandomStore, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"--kernel: found none; .* has contributions or scores of: block"):
-        set_influence(made.url, "none", None)
+        find_influence(made.url, Asked(kernel="none"))
     with pytest.raises(NotReadyError, match="weights/none"):
-        set_influence(made.url, None, "none")
+        find_influence(made.url, Asked(weights="none"))
     with pytest.raises(NotReadyError, match="holds no contributions of eval"):
-        set_influence(random_store().url, None, None)
+        find_influence(random_store().url, Asked())
+    with pytest.raises(SpecError, match=r"--query: found 'train-1'; .*features/eval has no example of this id"):
+        find_influence(made.url, Asked(query="train-1"))
+    with pytest.raises(SpecError, match="--query: found 'eval-1' with --self, in which no query takes part"):
+        Asked(query="eval-1", on_itself=True)
     with pytest.raises(SpecError, match=r"the folder .* does not exist"):
-        select(made.url, tmp_path / "no" / "ids.txt", "1", (None, None))
+        select(made.url, tmp_path / "no" / "ids.txt", "1", Asked())
 
 
 def test_no_file_is_replaced_unasked_and_none_of_a_store(tmp_path: Path) -> None:
@@ -149,11 +233,11 @@ def test_no_file_is_replaced_unasked_and_none_of_a_store(tmp_path: Path) -> None
     output.write_text("mine", encoding="utf-8")
 
     with pytest.raises(SpecError, match=r"exists already, and is left as it is\. .* --force"):
-        select(made.url, output, "1", (None, None))
+        select(made.url, output, "1", Asked())
     with pytest.raises(SpecError, match="lies inside the store"):
-        select(made.url, tmp_path / "store" / "gradstore.json", "1", (None, None), force=True)
+        select(made.url, tmp_path / "store" / "gradstore.json", "1", Asked(), force=True)
     assert output.read_text(encoding="utf-8") == "mine"
-    select(made.url, output, "1", (None, None), force=True)
+    select(made.url, output, "1", Asked(), force=True)
     assert output.read_text(encoding="utf-8") != "mine"
 
 
@@ -168,11 +252,12 @@ def test_labels_are_no_markup_and_kept_on_one_line() -> None:
     rows = [{"label": label, **row} for label in labels]
     shown = Console(width=120, file=StringIO())
 
-    shown.print(render_influence({"by": "label", "queries": 2, "kernel": "block", "weights": None, "rows": rows}))
+    made = {"queries": 1, "query": "[red]q", "self": False, "kernel": "block", "weights": None}
+    shown.print(render_influence({"by": "label", **made, "rows": rows}))
 
     assert isinstance(shown.file, StringIO)
     text = shown.file.getvalue()
-    assert all(label in text for label in ("[/INST]", "[red]x", "two lines", "(none)"))
+    assert all(part in text for part in ("[/INST]", "[red]x", "two lines", "(none)", "influence on [red]q: block"))
 
 
 @pytest.mark.parametrize("place", ["file/x.html", "no/x.html", "n" * 300])
@@ -187,10 +272,15 @@ def test_the_commands_print_and_write(tmp_path: Path) -> None:
     made = made_of(random_store(tmp_path))
 
     table = gradstore("influence", made.url, "--by", "source")
+    of_one = gradstore("influence", made.url, "--query", "eval-2", "--json")
+    missing = gradstore("influence", made.url, "--self")
     chosen = gradstore("select", made.url, tmp_path / "ids.txt", "--top", "2", "--json")
 
     assert table.returncode == 0, table.stderr
     assert "influence on 3 queries: block, unweighted" in table.stdout
+    assert json.loads(of_one.stdout)["query"] == "eval-2"
+    assert missing.returncode == 6
+    assert "Run `gradstore self-influence` first" in missing.stderr
     assert json.loads(chosen.stdout)["examples"] == 2
     assert len((tmp_path / "ids.txt").read_text(encoding="utf-8").splitlines()) == 2
 

@@ -166,15 +166,18 @@ class SelfInfluenceArtifact(Artifact):
         """
         return np.concatenate([self._read_row(row) for row in range(self.shape.num_rows)])
 
-    def read_totals(self, row: int) -> npt.NDArray[np.float64]:
+    def read_totals(self, row: int, weights: npt.NDArray[np.float64] | None = None) -> npt.NDArray[np.float64]:
         """Self-influence of the examples in one row of chunks, summed over all groups: float64 [rows].
+
+        With weights [groups] it is their weighted sum.
 
         Raises
         ------
         NotReadyError
             If a unit is not committed.
         """
-        return np.asarray(self._read_row(row).sum(1, dtype=np.float64))
+        tau = self._read_row(row)
+        return np.asarray(tau.sum(1, dtype=np.float64) if weights is None else tau.astype(np.float64) @ weights)
 
     def _read_row(self, row: int) -> npt.NDArray[np.float32]:
         first = row * self.shape.num_columns
