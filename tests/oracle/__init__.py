@@ -30,6 +30,8 @@ from tests.oracle.features import (
     token_cross_entropy,
 )
 from tests.oracle.learning import (
+    closed_form,
+    judged,
     learn,
     linear_datamodeling_scores,
     loss,
@@ -42,6 +44,7 @@ from tests.oracle.learning import (
 __all__ = [
     "best_rank",
     "class_probability",
+    "closed_form",
     "contributions",
     "das",
     "diffusion_output",
@@ -49,6 +52,7 @@ __all__ = [
     "full_kernel_products",
     "full_self_influence",
     "gradient",
+    "judged",
     "learn",
     "linear_datamodeling_scores",
     "loss",

@@ -71,6 +71,36 @@ def learn(
     return torch.softmax(parameter.detach(), 0).numpy(), losses
 
 
+def closed_form(c: Array, k: int, *, square: bool = False) -> Array:
+    """Of every group max(0, mean of the top k rows) over the mean square, each query divided by its norm; sums to 1."""
+    groups = c.shape[2]
+    signal, noise = [0.0] * groups, [0.0] * groups
+    for c_nm in c.astype(np.float64):
+        score = [math.fsum(row) / groups for row in c_nm]
+        norm = math.sqrt(math.fsum(value * value for value in score))
+        if norm == 0:
+            continue
+        best = top(np.abs(score) if square else np.array(score), k)
+        for j in range(groups):
+            signs = [math.copysign(1.0, score[n]) if square else 1.0 for n in best]
+            signal[j] += math.fsum(sign * c_nm[n, j] for sign, n in zip(signs, best, strict=True)) / norm / k
+            noise[j] += math.fsum(value * value for value in c_nm[:, j]) / norm**2 / len(c_nm)
+    weights = [max(0.0, a) / b if b > 0 else 0.0 for a, b in zip(signal, noise, strict=True)]
+    total = math.fsum(weights)
+    return np.array([weight / total if total else 1 / groups for weight in weights])
+
+
+def judged(c: Array, weights: Array, k: int, queries: Sequence[int], *, square: bool = False) -> float:
+    """Mean over some queries of the mean of the top k scores over the norm of all; of |S| where they are squared."""
+    found = []
+    for score in scores(c[list(queries)], weights):
+        placing = np.abs(score) if square else score
+        norm = math.sqrt(math.fsum(float(value) ** 2 for value in score))
+        mean = math.fsum(float(placing[n]) for n in top(placing, k)) / k
+        found.append(mean / norm if norm else 0.0)
+    return math.fsum(found) / len(found)
+
+
 def tail_patch(
     model: nn.Module,
     output: Callable[[nn.Module, Sequence[object]], Tensor],

@@ -17,10 +17,13 @@ from gradstore.numerics.learner.algorithm import (
     learn_weights,
     loss_and_gradient,
     placing_scores,
+    refuse_non_finite,
     visit_order,
     visit_query,
 )
-from gradstore.numerics.learner.certified import Certificate, Certification, CertifiedWeights, learn_certified
+from gradstore.numerics.learner.certified import Certificate, Certification, CertifiedWeights, Piece, learn_certified
+from gradstore.numerics.learner.closed_form import closed_form_weights
+from gradstore.numerics.learner.judging import gain, judge
 from gradstore.numerics.learner.kept import KeptRows, best_rows
 
 __all__ = [
@@ -34,14 +37,19 @@ __all__ = [
     "LearnedWeights",
     "LearnerSettings",
     "Objective",
+    "Piece",
     "Visit",
     "best_rows",
+    "closed_form_weights",
+    "gain",
     "initial_raw_weights",
     "initial_weights",
+    "judge",
     "learn_certified",
     "learn_weights",
     "loss_and_gradient",
     "placing_scores",
+    "refuse_non_finite",
     "visit_order",
     "visit_query",
 ]
