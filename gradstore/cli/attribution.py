@@ -28,19 +28,30 @@ def weights(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Which weights; all by default.")
     ] = None,
+    *,
     by: Annotated[
-        Literal["group", "depth", "function"], typer.Option("--by", help="What is one row: sums over its groups.")
+        Literal["group", "depth", "function"],
+        typer.Option("--by", help="What is one row: sums over its groups. A picture shows all three."),
     ] = "group",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file to write: .parquet or .json, .svg or .html.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show learned weights by group, or summed along the depth or by function, and how alike several are."""
-    from gradstore.stages.show_weights import render_weights, show_weights
+    """Show or draw learned weights by group, or summed along the depth or by function, and how alike several are."""
+    from gradstore.stages.show_weights import render_weights, show_weights, write_weights
 
-    found = show_weights(store, names or [], by)
+    if output is None:
+        found = show_weights(store, names or [], by)
+    else:
+        found = write_weights(store, names or [], by, output, force=force)
     if as_json:
         typer.echo(json.dumps(found))
-    else:
+    elif output is None:
         draw(*render_weights(found))
+    else:
+        typer.echo(f"{output}: weights {', '.join(item['name'] for item in found['weights'])}")
 
 
 @app.command()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from gradstore.cluster import Engine
 from gradstore.errors import ContractError, NotReadyError, SpecError
@@ -16,7 +18,7 @@ from gradstore.stages.kernel import build_kernel
 from gradstore.stages.learn import learn
 from gradstore.stages.progress import Progress
 from gradstore.stages.score import score
-from gradstore.stages.show_weights import render_weights, show_weights
+from gradstore.stages.show_weights import render_weights, show_weights, write_weights
 from gradstore.stages.transfer import transfer
 from gradstore.store.artifacts import ScoresArtifact, WeightsArtifact, list_artifacts, stale_blocks
 from gradstore.store.features import FeatureStore
@@ -70,6 +72,43 @@ def test_weights_are_summed_over_the_groups_of_a_depth_or_function(by: Any) -> N
     assert item["rows"][0]["weight"] == pytest.approx(1)
     assert item["rows"][0]["ratio"] == pytest.approx(1)
     assert len(render_weights(show_weights(store.storage.url, [], by))) == 1
+
+
+def test_weights_are_written_as_a_table_a_document_a_picture_or_a_page(tmp_path: Path) -> None:
+    store = make_store()
+    give_weights(store, GIVEN)
+    give_weights(store, dict.fromkeys(GROUPS, 0.25), "equal")
+    found = show_weights(store.storage.url, ["given", "equal"], "group")
+
+    for ending in ("parquet", "json", "svg", "html"):
+        written = tmp_path / f"weights.{ending}"
+        assert write_weights(store.storage.url, ["given", "equal"], "group", written) == found
+
+    assert json.loads((tmp_path / "weights.json").read_text(encoding="utf-8")) == found
+    rows = parquet.read_table(tmp_path / "weights.parquet").to_pylist()
+    assert rows == [
+        {"name": item["name"], "kernel": "block", **row} for item in found["weights"] for row in item["rows"]
+    ]
+    picture = ET.parse(tmp_path / "weights.svg")
+    assert picture.getroot().find("{http://www.w3.org/2000/svg}title") is not None
+    page = (tmp_path / "weights.html").read_text(encoding="utf-8")
+    assert "Weights of test" in page
+    assert "<td>0.400000</td><td>1.600</td>" in page
+
+
+def test_a_file_of_weights_replaces_none_unasked_and_has_a_known_ending(tmp_path: Path) -> None:
+    store = make_store()
+    give_weights(store, GIVEN)
+    taken = tmp_path / "weights.svg"
+    taken.write_text("mine", encoding="utf-8")
+
+    with pytest.raises(SpecError, match=r"weights\.svg: exists already"):
+        write_weights(store.storage.url, [], "group", taken)
+    with pytest.raises(SpecError, match=r"weights\.png: found \.png; accepted: \.parquet, \.json, \.svg, \.html"):
+        write_weights(store.storage.url, [], "group", tmp_path / "weights.png")
+    assert taken.read_text(encoding="utf-8") == "mine"
+    write_weights(store.storage.url, [], "group", taken, force=True)
+    assert taken.read_text(encoding="utf-8").startswith("<svg ")
 
 
 def test_a_store_without_weights_and_unknown_ones_say_so() -> None:
@@ -148,8 +187,10 @@ def test_the_commands_print_tables_or_json(tmp_path: Path) -> None:
     table = gradstore("weights", store.storage.url, "--by", "depth")
     moved = gradstore("transfer", other.storage.url, "given", store.storage.url, "--as", "again", "--json")
     found = gradstore("weights", store.storage.url, "--json")
+    drawn = gradstore("weights", store.storage.url, "given", "-o", tmp_path / "given.svg")
 
     assert (table.returncode, moved.returncode, found.returncode) == (0, 0, 0)
+    assert drawn.stdout == f"{tmp_path / 'given.svg'}: weights given\n"
     assert "weights given (block)" in table.stdout
     assert json.loads(moved.stdout)["groups"] == len(stores.GROUPS)
     shown = json.loads(found.stdout)["weights"]

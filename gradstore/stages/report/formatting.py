@@ -13,8 +13,8 @@ TIMES = "\u00d7"
 MISSING = "n/a"
 SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
-# Bytes that would end a page early, move a terminal's cursor, or cannot be written as UTF-8.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# What would end a page early, move a terminal's cursor, cannot be written as UTF-8, or may not be in XML.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 # Marks that turn the direction of what follows: harmless inside an isolated paragraph, not inside a table.
 DIRECTION_MARKS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 

@@ -91,8 +91,8 @@ class WeightChart:
 
     Attributes
     ----------
-    shares
-        Sum of the weights of each function, and what uniform weights would give it.
+    shares, depth_shares
+        Sum of the weights of each function, and at each place along depth, and what uniform weights would give it.
     uniform
         Height of the weight 1/M, in percent from the top.
     cells
@@ -102,6 +102,7 @@ class WeightChart:
     name: str
     series: tuple[Series, ...]
     shares: tuple[tuple[float, float], ...]
+    depth_shares: tuple[tuple[float, float], ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     uniform: float
@@ -171,10 +172,12 @@ def draw_weights(vector: WeightVector, layout: Layout) -> WeightChart:
         )
         alone = len({layout.depth_of[j] for j in members}) == len(members)
         series.append(Series(function=function, points=points, joined=alone))
+    by_depth, by_function = sum_parts(weights.tolist(), layout)
     return WeightChart(
         name=vector.name,
         series=tuple(series),
-        shares=_shares(weights.tolist(), layout),
+        shares=_shares(by_function, layout.function_of),
+        depth_shares=_shares(by_depth, layout.depth_of),
         x_ticks=_depth_ticks(layout),
         y_ticks=tuple(
             Tick(at=100 * (1 - value / top), label=f"{value:g}{TIMES}")
@@ -194,10 +197,9 @@ def _titles(groups: Sequence[Group]) -> tuple[str, ...]:
     )
 
 
-def _shares(weights: Sequence[float], layout: Layout) -> tuple[tuple[float, float], ...]:
-    _, by_function = sum_parts(weights, layout)
-    counts = Counter(layout.function_of)
-    return tuple((share, counts[index] / len(weights)) for index, share in enumerate(by_function))
+def _shares(sums: Sequence[float], place_of: Sequence[int]) -> tuple[tuple[float, float], ...]:
+    counts = Counter(place_of)
+    return tuple((share, counts[place] / len(place_of)) for place, share in enumerate(sums))
 
 
 def _cells(relative: Sequence[float], layout: Layout, largest: float) -> tuple[tuple[Cell | None, ...], ...]:

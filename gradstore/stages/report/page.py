@@ -6,14 +6,10 @@ script and style: what a corpus smuggles in cannot run, even if an escape were f
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-
-import jinja2
 
 from gradstore.stages.report.data import QueryReport, RankedExample, ReportData, Side, TailPatchRow
 from gradstore.stages.report.formatting import (
@@ -21,11 +17,10 @@ from gradstore.stages.report.formatting import (
     clean_text,
     one_line,
     paragraphs,
-    percent,
     ranking_title,
-    signed,
 )
 from gradstore.stages.report.layers import Layout, draw_weights, lay_out, sum_parts
+from gradstore.stages.report.templates import make_environment, policy_hash
 
 TEXT_LIMIT = 1200
 """Characters of a training example's text on the page: an example is repeated wherever it ranks."""
@@ -109,27 +104,23 @@ def render_page(data: ReportData) -> str:
     """
     layout = lay_out(data.groups)
     style, script = _package_file("report.css"), _package_file("report.js")
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_package_file),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "signed": signed, "clean": clean_text}
     intervals, zero = _intervals(data.tail_patch)
-    return environment.get_template("report.html.jinja").render(
-        data=data,
-        layout=layout,
-        charts=[draw_weights(vector, layout) for vector in data.weights],
-        queries=[_view_query(query, layout) for query in data.queries],
-        intervals=intervals,
-        zero=zero,
-        patched=_range([row.queries for row in data.tail_patch]),
-        style=style,
-        script=script,
-        style_hash=_policy_hash(style),
-        script_hash=_policy_hash(script),
+    return (
+        make_environment()
+        .get_template("report.html.jinja")
+        .render(
+            data=data,
+            layout=layout,
+            charts=[draw_weights(vector, layout) for vector in data.weights],
+            queries=[_view_query(query, layout) for query in data.queries],
+            intervals=intervals,
+            zero=zero,
+            patched=_range([row.queries for row in data.tail_patch]),
+            style=style,
+            script=script,
+            style_hash=policy_hash(style),
+            script_hash=policy_hash(script),
+        )
     )
 
 
@@ -244,7 +235,3 @@ def _range(counts: Sequence[int]) -> str:
 
 def _package_file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _policy_hash(content: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
