@@ -11,7 +11,7 @@ from gradstore.adapters.causal_lm import CausalLM
 from gradstore.adapters.diffusion import Diffusion
 from gradstore.adapters.image_classifier import ImageClassifier
 from gradstore.adapters.models.precision import resolve_precision
-from gradstore.adapters.protocol import Adapter, Examples, Facts, SourceFacts, WithResiduals
+from gradstore.adapters.protocol import Adapter, Examples, Facts, QueryReader, SourceFacts, TakesQueries, WithResiduals
 from gradstore.adapters.synthetic import Synthetic
 from gradstore.spec import DataSection, ModelSection
 
@@ -22,4 +22,14 @@ ADAPTERS: dict[str, Callable[[ModelSection, DataSection, int], Adapter]] = {
     "synthetic": Synthetic,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Examples", "Facts", "SourceFacts", "WithResiduals", "resolve_precision"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Examples",
+    "Facts",
+    "QueryReader",
+    "SourceFacts",
+    "TakesQueries",
+    "WithResiduals",
+    "resolve_precision",
+]

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.adapters.models.gguf import dequantise, dequantised_folder, read_config
 from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
-from gradstore.adapters.protocol import Examples
+from gradstore.adapters.protocol import Examples, QueryReader
 from gradstore.adapters.text.encoding import PREDICTED, TOKENS
 from gradstore.adapters.text.generation import ModelWriter, resolve_generation
+from gradstore.adapters.text.queries import query_examples
 from gradstore.adapters.text.records import resolve_form
 from gradstore.adapters.text.splits import split_examples
 from gradstore.adapters.text.tokenizer import TextTokenizer
@@ -123,6 +125,10 @@ class CausalLM:
         tokenizer = self._tokenizer()
         writer = ModelWriter(load=self.load, end=tokenizer.tokenizer.eos_token_id, source=self.model.source)
         return split_examples(self.data, self.seed, tokenizer, writer)
+
+    def query_reader(self) -> QueryReader:
+        """Return what makes examples of texts, prompts with completions, and chats; see `query_examples`."""
+        return partial(query_examples, split=self.data.eval, encoder=self._tokenizer())
 
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return the summed cross-entropy [B] of the tokens that count as predicted, of examples of any lengths."""

@@ -58,6 +58,26 @@ class WithResiduals(Protocol):
         ...
 
 
+class QueryReader(Protocol):
+    """Makes examples of queries which are in no split, as often as it is asked to."""
+
+    def __call__(self, records: Sequence[Mapping[str, Any]], *, truncate: bool) -> list[Example]:
+        """Return the examples of some records, cut as those of data.eval are.
+
+        One that is longer than data.eval.length is cut only if ``truncate`` says so. DataError if one cannot be a query.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesQueries(Protocol):
+    """An adapter that new queries can be asked of."""
+
+    def query_reader(self) -> QueryReader:
+        """Return what makes examples of queries."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFacts:
     """What was read from one source, and what was dropped.

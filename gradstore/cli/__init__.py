@@ -4,17 +4,18 @@ runs         commands that take a run.toml
 synth        the command that makes a synthetic run
 stores       commands that take a store
 attribution  those of them that show weights and influence
+queries      the command that asks a store
 """
 
 from __future__ import annotations
 
 import sys
 
-from gradstore.cli import attribution, runs, stores, synth
+from gradstore.cli import attribution, queries, runs, stores, synth
 from gradstore.cli.application import app
 from gradstore.errors import GradstoreError
 
-__all__ = ["app", "attribution", "main", "runs", "stores", "synth"]
+__all__ = ["app", "attribution", "main", "queries", "runs", "stores", "synth"]
 
 
 def main() -> None:

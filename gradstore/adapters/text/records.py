@@ -13,7 +13,7 @@ Form = Literal["text", "completion", "messages"]
 """What an example is: a text, a prompt with its completion, or a chat."""
 
 ASSISTANT: Final = "assistant"
-_COLUMNS: Final[Mapping[Form, tuple[str, ...]]] = {
+COLUMNS: Final[Mapping[Form, tuple[str, ...]]] = {
     "text": ("text",),
     "completion": ("prompt", "completion"),
     "messages": ("messages",),
@@ -67,7 +67,7 @@ def resolve_form(split: SplitSection, key: str) -> Form:
     text = SplitSection.model_fields["text"].default
     named = [option for option in ("prompt", "completion", "messages") if getattr(split, option) is not None]
     named += ["text"] if split.text != text else []
-    forms = [form for form, options in _COLUMNS.items() if set(options) & set(named)]
+    forms = [form for form, options in COLUMNS.items() if set(options) & set(named)]
     form: Form = forms[0] if forms else "text"
     if len(forms) > 1 or (form == "completion" and len(named) == 1):
         raise SpecError(
@@ -135,7 +135,7 @@ class RecordReader:
 
     def _options(self) -> tuple[str, ...]:
         """The keys of run.toml that may name columns."""
-        return (*_COLUMNS[self.form], "label", "id")
+        return (*COLUMNS[self.form], "label", "id")
 
     def _content(self, record: Mapping[str, Any], where: str) -> tuple[str, tuple[Turn, ...]]:
         match self.form:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby, islice, pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -18,12 +19,24 @@ from gradstore.stages.contribute.queries import Slab, attempts
 from gradstore.stages.contribute.rows import row_factor
 from gradstore.stages.reading import full_width
 from gradstore.store.alignment import aligned
-from gradstore.store.features import BlockReader, FeatureStore, Piece
+from gradstore.store.features import BlockReader, FeatureSet, FeatureStore, Piece
 
 Built = tuple[int, slice, np.ndarray]
 """A block, some of its rows, and C [Q, n, M] of them."""
 Factors = Mapping[tuple[str, str], np.ndarray | None]
 """What every row of a block counts, by kernel and member; None where all count once."""
+
+
+class Reader(Protocol):
+    """What gives the features of blocks as a `BlockReader` does."""
+
+    def read(self, blocks: Iterable[int]) -> Generator[Piece, None, None]:
+        """See `BlockReader.read`."""
+        ...
+
+
+MakeReader = Callable[[Sequence[FeatureSet], Sequence[Sequence[str]]], Reader]
+"""(train set as every member has it, bundles of groups) -> what reads them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +76,21 @@ class BlockBuilder:
         Which queries: those of one kernel and weights stand together.
     row_parts
         In how many parts the rows of a block are built, each of which reads the block.
+    make_reader
+        What reads the features.
     """
 
-    def __init__(self, store: FeatureStore, spec: RunSpec, slabs: Sequence[Slab], *, row_parts: int = 1) -> None:
+    def __init__(
+        self,
+        store: FeatureStore,
+        spec: RunSpec,
+        slabs: Sequence[Slab],
+        *,
+        row_parts: int = 1,
+        make_reader: MakeReader = BlockReader,
+    ) -> None:
         self._store = store
+        self._make_reader = make_reader
         self._runs = {run.kernel.name: run for run in spec.sweep()}
         train = store.open_set("train")
         self.info = train.info
@@ -114,7 +138,7 @@ class BlockBuilder:
             for block, rows in parts:
                 yield block, rows, self._fill(block, rows, (), buffers())
             return
-        reader = BlockReader([*self._trains.values()], self._bundles)
+        reader = self._make_reader([*self._trains.values()], self._bundles)
         with closing(reader.read([block for block, _ in parts])) as pieces:
             for block, rows in parts:
                 of_block = islice(pieces, len(self._bundles) * len(self._trains))

@@ -10,6 +10,8 @@ from gradstore.errors import SpecError
 from gradstore.store.backend.cache import cached
 from gradstore.store.backend.directory import DirectoryStorage
 from gradstore.store.backend.memory import MemoryStorage
+from gradstore.store.backend.overlay import SCHEME as OVERLAY
+from gradstore.store.backend.overlay import OverlayStorage
 from gradstore.store.backend.protocol import ObjectInfo, Part, Storage
 
 __all__ = ["ObjectInfo", "Part", "Storage", "open_storage"]
@@ -25,7 +27,8 @@ def open_storage(url: str, *, copies: bool = True) -> Storage:
     ----------
     url
         A directory, ``file:///absolute/path``, ``s3://bucket/prefix``, or ``memory://name``, which lives as long as the
-        process. For s3://, credentials, region and endpoint come from the environment or the profile that it names.
+        process; ``overlay://name/URL`` reads the storage of a URL, and keeps what is written in this process. For s3://,
+        credentials, region and endpoint come from the environment or the profile that it names.
     copies
         Whether objects may be read from the folder that ``GRADSTORE_CACHE`` names; not by who checks the objects themselves.
 
@@ -48,6 +51,9 @@ def open_storage(url: str, *, copies: bool = True) -> Storage:
         return DirectoryStorage(Path(unquote(urlsplit(url).path)).absolute(), _durable())
     if scheme == "memory":
         return MemoryStorage(rest.strip("/"))
+    if scheme == OVERLAY:
+        name, _, base = rest.partition("/")
+        return OverlayStorage(name, open_storage(base, copies=copies))
     if scheme == "s3":
         storage = _open_s3(url, *rest.rstrip("/").partition("/")[::2])
         return cached(storage) if copies else storage
