@@ -26,13 +26,23 @@ def top(scores_n: Array, k: int) -> list[int]:
     return sorted(range(len(scores_n)), key=lambda row: (-scores_n[row], row))[:k]
 
 
-def loss(c_nm: Tensor, raw: Tensor, k: int, *, square: bool = False, objective: str = "top") -> Tensor:
+def loss(
+    c_nm: Tensor,
+    raw: Tensor,
+    k: int,
+    *,
+    square: bool = False,
+    objective: str = "top",
+    positives: Sequence[int] = (),
+) -> Tensor:
     """Algorithm 1's loss of one query, differentiable in w_raw; of |S| where scores are squared in the end."""
     score: Tensor = c_nm @ torch.softmax(raw, 0)
     score = score.abs() if square else score
     highest, lowest = top(score.detach().numpy(), k), top(-score.detach().numpy(), k)
     if objective != "unnormalized":
         score = score / torch.linalg.norm(score)
+    if objective == "pairs":
+        return -torch.mean(score[list(positives)])
     if objective == "bottom":
         return torch.mean(score[lowest])
     if objective == "gap":
@@ -50,6 +60,7 @@ def learn(
     weight_decay: float,
     square: bool = False,
     objective: str = "top",
+    positives: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Array, list[float]]:
     """Algorithm 1 on a dense C [Q, N, M], by autograd and torch's own optimizer and schedule; w and every loss."""
     parameter = nn.Parameter(torch.tensor(raw, dtype=torch.float64))
@@ -59,10 +70,11 @@ def learn(
     losses = []
     for (_, query), rate in zip(visits, rates, strict=True):
         c_nm = torch.tensor(c[query], dtype=torch.float64)
-        if not (c_nm @ torch.softmax(parameter.detach(), 0)).any():
+        given = () if positives is None else positives[query]
+        if not (c_nm @ torch.softmax(parameter.detach(), 0)).any() or (positives is not None and not len(given)):
             losses.append(math.nan)
             continue
-        value = loss(c_nm, parameter, k, square=square, objective=objective)
+        value = loss(c_nm, parameter, k, square=square, objective=objective, positives=given)
         optimizer.zero_grad()
         torch.autograd.backward(value)
         optimizer.param_groups[0]["lr"] = rate

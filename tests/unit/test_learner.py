@@ -19,6 +19,7 @@ from gradstore.numerics.learner import (
     visit_order,
     visit_query,
 )
+from gradstore.numerics.scores import Transform
 from tests import oracle
 
 
@@ -29,12 +30,21 @@ def contributions(num_queries: int = 6, num_rows: int = 40, num_groups: int = 5)
     return (signal + noise).astype(np.float32)
 
 
-def learn(c: np.ndarray, settings: LearnerSettings, rows: int = 9) -> LearnedWeights:
+def learn(
+    c: np.ndarray,
+    settings: LearnerSettings,
+    rows: int = 9,
+    *,
+    positives: list[np.ndarray] | None = None,
+    rows_N: np.ndarray | None = None,
+) -> LearnedWeights:
     def read(query: int) -> Iterator[np.ndarray]:
         for start in range(0, c.shape[1], rows):
             yield c[query, start : start + rows]
 
-    return learn_weights(read, num_queries=len(c), num_groups=c.shape[2], settings=settings)
+    return learn_weights(
+        read, num_queries=len(c), num_groups=c.shape[2], settings=settings, positives=positives, rows=rows_N
+    )
 
 
 def expected(c: np.ndarray, settings: LearnerSettings) -> tuple[np.ndarray, list[float]]:
@@ -78,6 +88,92 @@ def test_weights_and_losses_are_those_of_autograd_and_torchs_optimizer(settings:
     np.testing.assert_array_equal(learned.weights_per_epoch[-1], learned.weights)
     assert learned.weights_per_epoch.shape == (settings.epochs, 5)
     assert learned.weights.sum() == pytest.approx(1, rel=1e-14)
+
+
+@pytest.mark.parametrize("transform", ["none", "square"])
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_pairs_raise_the_scores_of_given_rows(transform: Transform, rows: int) -> None:
+    c, settings = contributions(), LearnerSettings(objective="pairs", epochs=3, learning_rate=0.2, transform=transform)
+    positives = [[3], [39, 0], [], [8, 9, 10, 17], [20], list(range(40))]
+    given = [np.array([*each, *each[:1]], np.int64) for each in positives]  # a pair that is named twice counts once
+
+    learned = learn(c, settings, rows, positives=given)
+
+    raw, visits = initial_raw_weights(5, seed=0), visit_order(6, settings)
+    weights, losses = oracle.learn(
+        c,
+        raw,
+        visits,
+        k=1,
+        learning_rate=0.2,
+        weight_decay=0.1,
+        square=transform == "square",
+        objective="pairs",
+        positives=positives,
+    )
+    np.testing.assert_allclose(learned.weights, weights, rtol=1e-10)
+    np.testing.assert_allclose(learned.losses, losses, rtol=1e-10)
+    assert np.isnan(losses).sum() == 3
+
+
+def test_rows_may_have_numbers_with_gaps() -> None:
+    c, settings = contributions(), LearnerSettings(objective="pairs", epochs=2)
+    numbers = np.flatnonzero(np.arange(80) % 2)
+    places = [np.array([query, 39 - query]) for query in range(6)]
+
+    learned = learn(c, settings, positives=[numbers[each] for each in places], rows_N=numbers)
+
+    np.testing.assert_array_equal(learned.weights, learn(c, settings, positives=places).weights)
+    with pytest.raises(SpecError, match=r"learn\.pairs: row 6, a positive of query 2, is not among the training rows"):
+        learn(c, settings, positives=[np.array([7, 6 + (query != 2)]) for query in range(6)], rows_N=numbers)
+    c[1, 7, 2] = np.nan
+    with pytest.raises(DataError, match="contributions of query 1: training row 15 of group 2 is nan"):
+        learn(c, LearnerSettings(), rows_N=numbers)
+
+
+def test_pairs_are_given_where_they_are_needed_and_nowhere_else() -> None:
+    c, positives = contributions(), [np.array([0])] * 6
+    with pytest.raises(SpecError, match=r'learn\.pairs: found none, for learn\.objective = "pairs"'):
+        learn(c, LearnerSettings(objective="pairs"))
+    with pytest.raises(SpecError, match=r"learn\.pairs: found pairs, for learn\.objective = 'top', which has no use"):
+        learn(c, LearnerSettings(), positives=positives)
+    with pytest.raises(
+        SpecError, match=r"learn\.pairs: row 40, a positive of query [0-5], is not among the training rows"
+    ):
+        learn(c, LearnerSettings(objective="pairs"), positives=[np.array([3, 40])] * 6)
+
+
+def test_learning_may_start_at_given_weights() -> None:
+    c, start = contributions(), np.array([0.5, 0.1, 0.2, 0.1, 0.1])
+    settings = LearnerSettings(k=4, start=tuple(start.tolist()))
+
+    learned = learn(c, settings)
+
+    raw = np.log(start) - np.log(start).mean()
+    weights, losses = oracle.learn(c, raw, visit_order(6, settings), k=4, learning_rate=0.01, weight_decay=0.1)
+    np.testing.assert_allclose(learned.weights, weights, rtol=1e-10)
+    np.testing.assert_allclose(learned.losses, losses, rtol=1e-10)
+    twice = LearnerSettings(k=4, start=tuple((2 * start).tolist()))
+    np.testing.assert_allclose(learn(c, twice).weights, learned.weights, rtol=1e-12)
+
+
+def test_a_start_of_zero_is_a_thousandth_of_the_mean() -> None:
+    c, start = contributions(), (1.0, 0.0, 0.5, 0.5, 0.5)
+
+    learned = learn(c, LearnerSettings(k=4, start=start, epochs=1, learning_rate=1e-12, weight_decay=0.0))
+
+    np.testing.assert_allclose(learned.weights, np.maximum(start, 5e-4) / np.maximum(start, 5e-4).sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("start", [(), (0.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (float("inf"), 1.0)])
+def test_a_start_that_is_no_weights_is_refused(start: tuple[float, ...]) -> None:
+    with pytest.raises(SpecError, match=r"learn\.start: found weights below 0, not finite, or all 0"):
+        LearnerSettings(start=start)
+
+
+def test_a_start_of_other_groups_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"learn\.start: found 3 weights; accepted: one for each of 5 groups"):
+        learn(contributions(), LearnerSettings(start=(1.0, 1.0, 1.0)))
 
 
 def test_the_learning_rate_falls_as_torchs_cosine_schedule() -> None:

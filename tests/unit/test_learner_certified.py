@@ -172,7 +172,7 @@ def test_past_the_limit_the_settings_that_are_left_are_named_and_the_others_cert
     assert list(outcome.certified) == [0]
     np.testing.assert_allclose(outcome.certified[0].learned.weights, streamed(c, settings[0]).weights, rtol=1e-12)
     assert outcome.uncertified[1] == (
-        f"its top k needs more rows than {limit} bytes hold, which is the limit of kept rows; 2 reads were made"
+        f"it needs more rows than {limit} bytes hold, which is the limit of kept rows; 2 reads were made"
     )
     assert kept.num_bytes <= limit
 
@@ -199,6 +199,56 @@ def test_second_moments_of_other_contributions_certify_nothing(wrong: str) -> No
 
     assert outcome.certified == {}
     assert "||S|| by the second moments A_q differs from that of the scores" in outcome.uncertified[0]
+
+
+@pytest.mark.parametrize("kept", [[], list(range(20, 40))])
+def test_pairs_take_a_read_for_rows_that_are_not_kept_and_one_that_verifies(kept: list[int]) -> None:
+    c, settings = contributions(), [LearnerSettings(objective="pairs", epochs=epochs) for epochs in (3, 1)]
+    positives = [np.array([20, 33, 20 + query]) for query in range(6)]
+    positives[3] = np.array([], np.int64)
+
+    rows = keep(c, kept)
+    outcome = learn_certified(moments(c), rows, reader(c), settings=settings, limit_bytes=PLENTY, positives=positives)
+
+    for place, each in enumerate(settings):
+        found = outcome.certified[place]
+        expected = learn_weights(
+            lambda query: [c[query]], num_queries=6, num_groups=5, settings=each, positives=positives
+        )
+        np.testing.assert_allclose(found.learned.weights, expected.weights, rtol=1e-12)
+        np.testing.assert_allclose(found.learned.losses, expected.losses, rtol=1e-12)
+        assert found.certificate.added == ((0,) if kept else (2 + 3 + 3 + 3 + 3, 0))
+
+
+def test_pairs_past_the_limit_are_not_read_for() -> None:
+    c, settings, positives = contributions(), LearnerSettings(objective="pairs"), [np.arange(20)] * 6
+
+    outcome = learn_certified(
+        moments(c), keep(c, []), reader(c), settings=[settings], limit_bytes=3000, positives=positives
+    )
+
+    assert outcome.uncertified == {
+        0: "it needs more rows than 3000 bytes hold, which is the limit of kept rows; 0 reads were made"
+    }
+
+
+def test_pairs_of_rows_that_are_not_read_or_not_finite_are_refused() -> None:
+    c, settings = contributions(), [LearnerSettings(objective="pairs")]
+    with pytest.raises(SpecError, match=r"learn\.pairs: row 60, a positive of query 0, is not among the training rows"):
+        learn_certified(
+            moments(c), keep(c, []), reader(c), settings=settings, limit_bytes=PLENTY, positives=[np.array([5, 60])] * 6
+        )
+    c[4, 23, 2] = np.inf
+    for row in (5, 23):
+        with pytest.raises(DataError, match="contributions of query 4: training row 23 of group 2 is inf"):
+            learn_certified(
+                moments(np.nan_to_num(c, posinf=1)),
+                keep(c, []),
+                reader(c),
+                settings=settings,
+                limit_bytes=PLENTY,
+                positives=[np.array([row])] * 6,
+            )
 
 
 def test_contributions_that_are_not_finite_are_refused_by_row_and_group() -> None:

@@ -5,12 +5,9 @@ however many epochs and settings there are.
 """
 
 from gradstore.numerics.learner.algorithm import (
-    ENDS,
     INITIAL_DEVIATION,
     Descent,
     LearnedWeights,
-    LearnerSettings,
-    Objective,
     Visit,
     initial_raw_weights,
     initial_weights,
@@ -21,10 +18,11 @@ from gradstore.numerics.learner.algorithm import (
     visit_order,
     visit_query,
 )
-from gradstore.numerics.learner.certified import Certificate, Certification, CertifiedWeights, Piece, learn_certified
+from gradstore.numerics.learner.certified import Certificate, Certification, CertifiedWeights, learn_certified
 from gradstore.numerics.learner.closed_form import closed_form_weights
 from gradstore.numerics.learner.judging import gain, judge
-from gradstore.numerics.learner.kept import KeptRows, best_rows
+from gradstore.numerics.learner.kept import KeptRows, Piece, best_rows
+from gradstore.numerics.learner.settings import ENDS, LearnerSettings, Objective
 
 __all__ = [
     "ENDS",

@@ -5,9 +5,9 @@ that any faster route must equal.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,66 +15,15 @@ from jaxtyping import Float, Float64, Int64
 
 from gradstore.errors import DataError, SpecError
 from gradstore.numerics.generator import derive_key, normal, permutation, words
+from gradstore.numerics.learner.positives import given_positives, refuse_missing
+from gradstore.numerics.learner.settings import ENDS, LearnerSettings
 from gradstore.numerics.scores import Transform
 
+# Q queries, N rows of a piece, M groups, K rows raised.
+
 INITIAL_DEVIATION = 0.01
-
-Objective = Literal["top", "bottom", "gap", "unnormalized"]
-"""What Algorithm 1 minimises (arXiv 2506.05647, eq. 6 and table 10): see `learn_weights`."""
-
-# Ends of the ranking whose rows an objective raises, as signs of their scores.
-ENDS: Final[dict[Objective, tuple[int, ...]]] = {
-    "top": (1,),
-    "bottom": (-1,),
-    "gap": (1, -1),
-    "unnormalized": (1,),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerSettings:
-    """Settings of Algorithm 1; the defaults are the paper's where it gives one.
-
-    Attributes
-    ----------
-    k
-        Number of best-scored rows whose mean score is raised.
-    epochs
-        E: visits to every query.
-    learning_rate
-        Of AdamW, falling to 0 over E * Q visits along a cosine.
-    weight_decay
-        Decoupled, on w_raw.
-    seed
-        Of the initial w_raw and of the order of the visits.
-    tile
-        Queries that are stored together: each epoch permutes the tiles, then the queries inside each.
-    transform
-        What becomes of the scores S when rows are ranked in the end: where that is their square, |S| takes the place of S.
-    objective
-        What is minimised.
-    """
-
-    k: int = 10
-    epochs: int = 10
-    learning_rate: float = 0.01
-    weight_decay: float = 0.1
-    seed: int = 0
-    tile: int = 1
-    transform: Transform = "none"
-    objective: Objective = "top"
-
-    def __post_init__(self) -> None:
-        for name, low in {"k": 1, "epochs": 1, "tile": 1, "weight_decay": 0}.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise SpecError(f"learn.{name}: found {getattr(self, name)}; accepted: at least {low}, and finite.")
-        if not 0 < self.learning_rate < math.inf:
-            raise SpecError(f"learn.learning_rate: found {self.learning_rate}; accepted: above 0, and finite.")
-        if self.transform == "square" and -1 in ENDS[self.objective]:
-            raise SpecError(
-                f"learn.objective: found {self.objective!r}, for scores that are squared in the end (DAS): they have no negative "
-                'end. Accepted: "top", "unnormalized".'
-            )
+# Weights to begin with are at least this part of their mean: w_raw of 0 would be infinite.
+LEAST_START = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,7 +37,7 @@ class LearnedWeights:
     weights_per_epoch
         [E, M], w at the end of each epoch.
     losses
-        [E * Q], the loss that each visit met; NaN where the query has zero norm and no step was taken.
+        [E * Q], the loss that each visit met; NaN where no step was taken.
     visits
         (epoch, query) of each visit.
     """
@@ -104,7 +53,7 @@ class Visit(NamedTuple):
 
     raised: Float64[np.ndarray, " M"]
     """a, whose product with w the objective raises: the mean of the k rows of C_q with the highest scores, less that of those
-    with the lowest, or one of the two; where rows are placed by |S|, rows count sign(S) times."""
+    with the lowest, or one of the two, or the mean of given rows; where rows are placed by |S|, rows count sign(S) times."""
     response: Float64[np.ndarray, " M"]
     """C_q^T S_q = A_q w, with A_q = C_q^T C_q."""
     norm: float
@@ -117,6 +66,8 @@ def learn_weights(
     num_queries: int,
     num_groups: int,
     settings: LearnerSettings,
+    positives: Sequence[Int64[np.ndarray, " _"]] | None = None,
+    rows: Int64[np.ndarray, " N"] | None = None,
 ) -> LearnedWeights:
     r"""Fit the group weights by Algorithm 1.
 
@@ -124,9 +75,10 @@ def learn_weights(
               \quad S_q = C_q w, \quad w = \operatorname{softmax}(w_{raw})
 
     (arXiv 2506.05647, eq. 6-7) or another objective of its table 10: ``bottom``, the mean of the k lowest scores over the
-    norm; ``gap``, the sum of the two; or ``unnormalized``, the first without its norm, which there is unstable. One AdamW step per visit, E visits to every query. Scores are float64. Of rows with
-    equal scores at the k-th place the first is taken. A query whose scores are all zero takes no step, but counts for
-    the learning rate. Where scores are squared in the end (DAS), the top k are those of the largest abs(S), and their mean
+    norm; ``gap``, the sum of the two; ``unnormalized``, the first without its norm, which there is unstable; or ``pairs``,
+    which has the mean score of given rows in place of the top k. One AdamW step per visit, E visits to every query. Scores are
+    float64. Of rows with equal scores at the k-th place the first is taken. A query whose scores are all zero, or which has no
+    given rows, takes no step, but counts for the learning rate. Where scores are squared in the end (DAS), the top k are those of the largest abs(S), and their mean
     is that of abs(S); the norm is the same.
 
     Parameters
@@ -138,20 +90,29 @@ def learn_weights(
         Q and M.
     settings
         See `LearnerSettings`.
+    positives
+        For ``pairs``, and for nothing else, the numbers of the rows that are to score best for each query: any number, each
+        counted once.
+    rows
+        Numbers of the rows that are read, in their order; from 0 up where they are not given.
 
     Raises
     ------
     SpecError
-        If there is no query, or k is above the number of training rows.
+        If there is no query, k is above the number of training rows, or positives are missing, of no use, or of no such row.
     DataError
         If C holds NaN or infinite values.
     """
     refuse_no_query(num_queries)
+    wanted = given_positives([settings], positives, num_queries)
     descent = Descent(num_queries=num_queries, num_groups=num_groups, settings=settings)
     visits = visit_order(num_queries, settings)
     losses, weights_per_epoch = [], []
     for step, (_, query) in enumerate(visits, start=1):
-        visit = visit_query(read(query), descent.weights, settings, query=query)
+        rows_K = None if wanted is None else wanted[query]
+        visit = None
+        if rows_K is None or len(rows_K):
+            visit = visit_query(read(query), descent.weights, settings, query=query, positives=rows_K, rows=rows)
         losses.append(descent.step(visit))
         if step % num_queries == 0:
             weights_per_epoch.append(descent.weights)
@@ -173,6 +134,20 @@ def initial_weights(num_groups: int, *, seed: int) -> Float64[np.ndarray, " M"]:
     """Weights at the start, softmax(w_raw)."""
     weights_M = np.exp(initial_raw_weights(num_groups, seed=seed))
     return np.asarray(weights_M / weights_M.sum())
+
+
+def raw_weights(weights_M: Float64[np.ndarray, " _"], num_groups: int) -> Float64[np.ndarray, " M"]:
+    """w_raw of mean 0 whose softmax is w, but for weights below a thousandth of their mean, which are raised to that.
+
+    Raises
+    ------
+    SpecError
+        If there is not one weight for each group.
+    """
+    if len(weights_M) != num_groups:
+        raise SpecError(f"learn.start: found {len(weights_M)} weights; accepted: one for each of {num_groups} groups.")
+    log_M = np.log(np.maximum(weights_M / weights_M.mean(), LEAST_START))
+    return np.asarray(log_M - log_M.mean())
 
 
 def visit_order(num_queries: int, settings: LearnerSettings) -> list[tuple[int, int]]:
@@ -198,22 +173,29 @@ def visit_query(
     settings: LearnerSettings,
     *,
     query: int,
+    positives: Int64[np.ndarray, " K"] | None = None,
+    rows: Int64[np.ndarray, " N"] | None = None,
 ) -> Visit:
-    """Read one query's contributions once; see `learn_weights` for the arguments and errors."""
-    ends = [_Best(settings, len(weights_M), sign=sign) for sign in ENDS[settings.objective]]
+    """Read one query's contributions once; see `learn_weights` for the arguments, of one query here, and errors."""
+    raised: list[_Best | _Given] = [_Best(settings, len(weights_M), sign=sign) for sign in ENDS[settings.objective]]
+    if positives is not None:
+        raised = [_Given(settings, len(weights_M), positives=positives, query=query)]
     response_M, squares, num_rows = np.zeros_like(weights_M), 0.0, 0
     for piece in pieces:
         piece_NM = piece.astype(np.float64)
         score_N = piece_NM @ weights_M
+        stop = num_rows + len(piece_NM)
+        rows_N = np.arange(num_rows, stop) if rows is None else rows[num_rows:stop]
         if not np.isfinite(score_N).all():
-            refuse_non_finite(piece_NM, query, np.arange(num_rows, num_rows + len(piece_NM)))
-        for best in ends:
-            best.offer(score_N, piece_NM)
+            refuse_non_finite(piece_NM, query, rows_N)
+        for part in raised:
+            part.offer(rows_N, score_N, piece_NM)
         response_M += score_N @ piece_NM
         squares += float(score_N @ score_N)
-        num_rows += len(piece_NM)
-    refuse_k_above(num_rows, settings.k)
-    raised_M = np.sum([best.rows_KM.mean(0) for best in ends], axis=0)
+        num_rows = stop
+    if ENDS[settings.objective]:
+        refuse_k_above(num_rows, settings.k)
+    raised_M = np.sum([part.mean() for part in raised], axis=0)
     return Visit(raised_M, response_M, math.sqrt(squares))
 
 
@@ -249,7 +231,12 @@ class Descent:
     """
 
     def __init__(self, *, num_queries: int, num_groups: int, settings: LearnerSettings) -> None:
-        self._raw = torch.nn.Parameter(torch.from_numpy(initial_raw_weights(num_groups, seed=settings.seed)))
+        raw_M = (
+            initial_raw_weights(num_groups, seed=settings.seed)
+            if settings.start is None
+            else raw_weights(np.array(settings.start), num_groups)
+        )
+        self._raw = torch.nn.Parameter(torch.from_numpy(raw_M))
         self._optimizer = torch.optim.AdamW([self._raw], lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self._learning_rate = settings.learning_rate
         self._normalized = settings.objective != "unnormalized"
@@ -261,11 +248,11 @@ class Descent:
         """The current w = softmax(w_raw)."""
         return torch.softmax(self._raw.detach(), 0).numpy()
 
-    def step(self, visit: Visit) -> float:
-        """Take one step, unless the query's scores are all zero, and return the loss that was met."""
+    def step(self, visit: Visit | None) -> float:
+        """Take one step, unless there is nothing to raise or the scores are all zero, and return the loss that was met."""
         cosine = math.cos(math.pi * self._visits / self._total_visits)
         self._visits += 1
-        if visit.norm == 0:
+        if visit is None or visit.norm == 0:
             return math.nan
         loss, gradient_M = loss_and_gradient(visit, self.weights, normalized=self._normalized)
         self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 + cosine) / 2
@@ -285,9 +272,12 @@ class _Best:
         self._transform = settings.transform
         self._sign = sign
         self._score_K = np.empty(0)
-        self.rows_KM = np.empty((0, num_groups))
+        self._c_KM = np.empty((0, num_groups))
 
-    def offer(self, score_N: Float64[np.ndarray, " N"], piece_NM: Float64[np.ndarray, "N M"]) -> None:
+    def offer(
+        self, rows_N: Int64[np.ndarray, " N"], score_N: Float64[np.ndarray, " N"], piece_NM: Float64[np.ndarray, "N M"]
+    ) -> None:
+        del rows_N  # rows come in order
         placing_N = placing_scores(self._sign * score_N, self._transform)
         if len(self._score_K) == self._k:
             # A later row must beat the k-th, not equal it.
@@ -302,7 +292,35 @@ class _Best:
         score_S = np.concatenate([self._score_K, placing_N])
         order_K = np.argsort(-score_S, kind="stable")[: self._k]
         self._score_K = score_S[order_K]
-        self.rows_KM = np.concatenate([self.rows_KM, piece_NM])[order_K]
+        self._c_KM = np.concatenate([self._c_KM, piece_NM])[order_K]
+
+    def mean(self) -> Float64[np.ndarray, " M"]:
+        return np.asarray(self._c_KM.mean(0))
+
+
+class _Given:
+    """The given rows of one query; of |S| rows times sign(S)."""
+
+    def __init__(
+        self, settings: LearnerSettings, num_groups: int, *, positives: Int64[np.ndarray, " K"], query: int
+    ) -> None:
+        self._transform = settings.transform
+        self._positives = positives
+        self._query = query
+        self._rows = np.empty(0, np.int64)
+        self._total_M = np.zeros(num_groups)
+
+    def offer(
+        self, rows_N: Int64[np.ndarray, " N"], score_N: Float64[np.ndarray, " N"], piece_NM: Float64[np.ndarray, "N M"]
+    ) -> None:
+        given_N = np.isin(rows_N, self._positives)
+        signs_K = np.sign(score_N[given_N]) if self._transform == "square" else np.ones(given_N.sum())
+        self._total_M += signs_K @ piece_NM[given_N]
+        self._rows = np.concatenate([self._rows, rows_N[given_N]])
+
+    def mean(self) -> Float64[np.ndarray, " M"]:
+        refuse_missing(self._positives[~np.isin(self._positives, self._rows)], self._query)
+        return self._total_M / len(self._positives)
 
 
 def refuse_no_query(num_queries: int) -> None:

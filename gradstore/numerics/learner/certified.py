@@ -16,28 +16,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from gradstore.errors import DataError
-from gradstore.numerics.learner.algorithm import (
-    ENDS,
-    LearnedWeights,
-    LearnerSettings,
-    refuse_k_above,
-    refuse_no_query,
-    refuse_non_finite,
-)
-from gradstore.numerics.learner.kept import KeptRows
+from gradstore.numerics.learner.algorithm import LearnedWeights, refuse_k_above, refuse_no_query, refuse_non_finite
+from gradstore.numerics.learner.kept import KeptRows, Piece
+from gradstore.numerics.learner.positives import given_positives, refuse_missing
+from gradstore.numerics.learner.settings import ENDS, LearnerSettings
 from gradstore.numerics.learner.trajectory import Trajectory, run_visits
 from gradstore.numerics.learner.verification import Verification
 
-# Q queries, N rows of a piece, M groups.
+# Q queries, M groups, K rows of a query.
 
 # Norms by A_q and by float32 scores differ by less, if A_q is of this C and no cancellation spoils it.
 NORM_TOLERANCE = 1e-3
-
-Piece = tuple[int, Int64[np.ndarray, " N"], Float32[np.ndarray, "Q N M"]]
-"""First query, numbers of the rows, and C of some queries from the first on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +92,7 @@ def learn_certified(
     *,
     settings: Sequence[LearnerSettings],
     limit_bytes: int,
-    advance: Callable[[int], None] = lambda _: None,
+    positives: Sequence[Int64[np.ndarray, " _"]] | None = None,
 ) -> Certification:
     """Fit the weights of Algorithm 1 for one or more settings, reading C a few times in all.
 
@@ -119,21 +111,22 @@ def learn_certified(
         Each is verified until it is certified; reads are shared.
     limit_bytes
         Most bytes of kept rows. Where they would not do, the settings that are not certified yet are returned as such.
-    advance
-        Called after each piece with the number of its rows times its queries.
+    positives
+        As for `learn_weights`. Those that are not kept take a read more.
 
     Raises
     ------
     SpecError
-        If there is no query, or k is above the number of rows.
+        If there is no query, k is above the number of rows, or positives are missing, of no use, or of no such row.
     DataError
         If C holds NaN or infinite values, or A_q does though C does not.
     """
     num_queries, num_groups, _ = second_moments_QMM.shape
     refuse_no_query(num_queries)
+    wanted = given_positives(settings, positives, num_queries)
     _refuse_non_finite_guess(second_moments_QMM, kept, read)
     pending = {
-        place: Trajectory(each, num_queries=num_queries, num_groups=num_groups)
+        place: Trajectory(each, num_queries=num_queries, num_groups=num_groups, positives=wanted)
         for place, each in enumerate(settings)
         if -1 not in ENDS[each.objective]
     }
@@ -142,23 +135,37 @@ def learn_certified(
         place: message.format(settings[place].objective) for place in range(len(settings)) if place not in pending
     }
     outcome = Certification(certified={}, uncertified=others)
-    full, added = kept.num_bytes > limit_bytes, list[int]()
+    missing = [rows_K[~kept.holds(query, rows_K)] for query, rows_K in enumerate(wanted or [])]
+    full = kept.num_bytes + sum(map(len, missing)) * kept.row_bytes > limit_bytes
+    added = [] if full else _fetched(kept, missing, read)
     while pending and not full:
         for together in _by_order(list(pending.values())):
             run_visits(together, second_moments_QMM, kept)
         verification = Verification(list(pending.values()), second_moments_QMM, kept=kept, limit_bytes=limit_bytes)
         for first, rows_N, c_QNM in read():
             verification.offer(first, rows_N, c_QNM)
-            advance(c_QNM.shape[0] * c_QNM.shape[1])
-        refuse_k_above(int(verification.rows_Q.min()), max(trajectory.settings.k for trajectory in pending.values()))
+        ranked = [trajectory.settings.k for trajectory in pending.values() if ENDS[trajectory.settings.objective]]
+        refuse_k_above(int(verification.rows_Q.min()), max(ranked, default=0))
         added.append(verification.finish())
         full = verification.full
         for place, trajectory in list(pending.items()):
             if _is_decided(place, trajectory, outcome, kept=kept, added=added):
                 del pending[place]
-    message = f"its top k needs more rows than {limit_bytes} bytes hold, which is the limit of kept rows; {len(added)} reads were made"
+    message = f"it needs more rows than {limit_bytes} bytes hold, which is the limit of kept rows; {len(added)} reads were made"
     outcome.uncertified.update(dict.fromkeys(pending, message))
     return outcome
+
+
+def _fetched(
+    kept: KeptRows, missing: Sequence[Int64[np.ndarray, " _"]], read: Callable[[], Iterable[Piece]]
+) -> list[int]:
+    """Keep rows that are missing; how many the reads that it took have added."""
+    if not any(map(len, missing)):
+        return []
+    kept.fetch(read, missing)
+    for query, rows_K in enumerate(missing):
+        refuse_missing(rows_K[~kept.holds(query, rows_K)], query)
+    return [sum(map(len, missing))]
 
 
 def _is_decided(

@@ -7,8 +7,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from gradstore.errors import DataError
 from gradstore.numerics.learner.algorithm import placing_scores, refuse_k_above, refuse_no_query, refuse_non_finite
-from gradstore.numerics.learner.certified import Piece
-from gradstore.numerics.learner.kept import exact_scores
+from gradstore.numerics.learner.kept import Piece, exact_scores
 from gradstore.numerics.scores import Transform
 
 # Q queries, N rows of a piece, M groups, V vectors of weights, K numbers of rows, B best scores.

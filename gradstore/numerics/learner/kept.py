@@ -1,14 +1,17 @@
 """The rows of C that are held in memory, and their scores in float64."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from gradstore.numerics.learner.algorithm import placing_scores
+from gradstore.numerics.learner.algorithm import placing_scores, refuse_non_finite
 from gradstore.numerics.scores import Transform
 
 # Q queries, N rows asked about, K rows kept of a query, M groups, V vectors of weights.
+
+Piece = tuple[int, Int64[np.ndarray, " N"], Float32[np.ndarray, "Q N M"]]
+"""First query, numbers of the rows, and C of some queries from the first on."""
 
 # Rows are turned to float64, or multiplied, in slices of this size.
 SLICE_BYTES = 2 * 2**20
@@ -30,6 +33,7 @@ class KeptRows:
     def __init__(
         self, rows: Sequence[Int64[np.ndarray, " _"]], c: Sequence[Float32[np.ndarray, "_ M"]], *, num_groups: int
     ) -> None:
+        self._num_groups = num_groups
         self._rows = [np.empty(0, np.int64) for _ in rows]
         self._c = [np.empty((0, num_groups), np.float32) for _ in rows]
         for query, (rows_K, c_KM) in enumerate(zip(rows, c, strict=True)):
@@ -59,6 +63,25 @@ class KeptRows:
         """Keep more rows of a query; one that is kept already stays as it is."""
         self._rows[query], places_K = np.unique(np.concatenate([self._rows[query], rows_N]), return_index=True)
         self._c[query] = np.concatenate([self._c[query], c_NM])[places_K]
+
+    def fetch(self, read: Callable[[], Iterable[Piece]], wanted: Sequence[Int64[np.ndarray, " _"]]) -> None:
+        """Keep some rows of every query, which one read of C finds; those that it does not hold are not kept.
+
+        Raises
+        ------
+        DataError
+            If one holds NaN or infinite values.
+        """
+        for first, rows_N, c_QNM in read():
+            for query, c_NM in enumerate(c_QNM, first):
+                found_N = np.isin(rows_N, wanted[query])
+                refuse_non_finite(c_NM[found_N], query, rows_N[found_N])
+                self.add(query, rows_N[found_N], c_NM[found_N])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row and its number."""
+        return 8 + 4 * self._num_groups
 
     @property
     def num_bytes(self) -> int:

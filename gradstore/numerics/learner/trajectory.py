@@ -7,15 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from gradstore.numerics.learner.algorithm import (
-    Descent,
-    LearnedWeights,
-    LearnerSettings,
-    Visit,
-    placing_scores,
-    visit_order,
-)
+from gradstore.numerics.learner.algorithm import Descent, LearnedWeights, Visit, placing_scores, visit_order
 from gradstore.numerics.learner.kept import KeptRows, top_rows
+from gradstore.numerics.learner.settings import LearnerSettings
 
 # Q queries, M groups, K rows kept of a query, S settings, T visits of a setting, E visits of a query.
 
@@ -28,13 +22,19 @@ class Trajectory:
 
     Attributes
     ----------
+    settings
+        The setting.
+    positives
+        The rows that each query's visits raise, where they are given and not the top k; all are kept.
+    visits
+        (epoch, query) of each.
     weights_TM
         w that meets each visit, and after the last visit the result: [T + 1, M].
     norms_T
         sqrt(w^T A_q w).
     kth_T, slack_T
         The placing score at the k-th place and TIE sum_j w_j |C_j| of that row; -inf and 0 where fewer than k rows are kept;
-        inf and 0 where the norm is zero, so that no row matters.
+        inf and 0 where no other row matters: the norm is zero, or rows are given.
     tied_T
         Whether another row ties with the k-th.
     norm_errors_T
@@ -44,8 +44,16 @@ class Trajectory:
         How many visits from the first on are verified. They are not run again, but replayed.
     """
 
-    def __init__(self, settings: LearnerSettings, *, num_queries: int, num_groups: int) -> None:
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        *,
+        num_queries: int,
+        num_groups: int,
+        positives: Sequence[Int64[np.ndarray, " _"]] | None = None,
+    ) -> None:
         self.settings = settings
+        self.positives = positives if settings.objective == "pairs" else None
         self.visits = visit_order(num_queries, settings)
         self._query_T = np.array([query for _, query in self.visits])
         total = len(self.visits)
@@ -75,12 +83,12 @@ class Trajectory:
 
 
 class Chosen(NamedTuple):
-    """The top k of the kept rows at one visit."""
+    """The kept rows that are raised at one visit: the top k, or those given."""
 
     signs: Float64[np.ndarray, " K"]
-    """1 for each row of the top k, 0 for the others; where rows are placed by |S|, sign(S) and 0."""
+    """1 for each row that is raised, 0 for the others; where rows are placed by |S|, sign(S) and 0."""
     size: int
-    """k, or the number of rows kept where that is less."""
+    """k, or the number of rows kept where that is less; or the number of those given."""
     kth: float
     slack: float
     tied: bool
@@ -111,7 +119,10 @@ def run_visits(
             trajectory.norms_T[step] = norm
         _choose_top([trajectory for trajectory in trajectories if trajectory.settled <= step], step, kept, query)
         for trajectory, descent, response_M in zip(trajectories, descents, response_SM, strict=True):
-            visit = Visit(trajectory.top_means_TM[step], response_M, float(trajectory.norms_T[step]))
+            raised = trajectory.positives is None or len(trajectory.positives[query])
+            visit = (
+                Visit(trajectory.top_means_TM[step], response_M, float(trajectory.norms_T[step])) if raised else None
+            )
             trajectory.losses_T[step] = descent.step(visit)
     for trajectory, descent in zip(trajectories, descents, strict=True):
         trajectory.weights_TM[-1] = descent.weights
@@ -126,6 +137,8 @@ def _choose_top(trajectories: list[Trajectory], step: int, kept: KeptRows, query
     score_KS = c_KM @ weights_SM.T
     chosen = [
         _top(score_KS[:, place], c_KM, trajectory.weights_TM[step], trajectory.settings)
+        if trajectory.positives is None
+        else _given(score_KS[:, place], np.isin(kept.rows(query), trajectory.positives[query]), trajectory.settings)
         for place, trajectory in enumerate(trajectories)
     ]
     means_SM = np.stack([top.signs for top in chosen]) @ c_KM / [[max(1, top.size)] for top in chosen]
@@ -154,3 +167,8 @@ def _top(
     slack, slack_after = TIE * (np.abs(c_KM[[last, following]]) @ weights_M)
     tied = len(score_K) > settings.k and placing_K[last] - placing_K[following] <= max(slack, slack_after)
     return Chosen(signs_K, settings.k, kth=float(placing_K[last]), slack=float(slack), tied=bool(tied))
+
+
+def _given(score_K: Float64[np.ndarray, " K"], given_K: Bool[np.ndarray, " K"], settings: LearnerSettings) -> Chosen:
+    signs_K = np.where(given_K, np.sign(score_K) if settings.transform == "square" else 1.0, 0.0)
+    return Chosen(signs_K, int(given_K.sum()), kth=math.inf, slack=0.0, tied=False)

@@ -240,6 +240,8 @@ def _top_of(
 ) -> tuple[Float64[np.ndarray, " E"], Float64[np.ndarray, " E"], Bool[np.ndarray, "X E"]]:
     """At some visits of one query, the placing score at the k-th place of some rows, its slack, and the top k."""
     settings, weights_EM = trajectory.settings, trajectory.weights_TM[visits_E]
+    if trajectory.positives is not None:
+        return np.full(len(visits_E), np.inf), np.zeros(len(visits_E)), np.zeros((len(c_XM), len(visits_E)), bool)
     placing_XE = placing_scores(exact_scores(c_XM, weights_EM), settings.transform)
     top_XE = top_rows(placing_XE, settings.k)
     # Where the norm is zero, no row matters.
