@@ -15,7 +15,7 @@ from gradstore.plan.full import full_options, refuse_coefficients
 from gradstore.plan.sizes import split
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.products import InGroup, Product, Rows, weights_of
-from gradstore.stages.contribute.queries import Slab, stacked
+from gradstore.stages.contribute.queries import Slab, open_slabs, stacked
 from gradstore.stages.full_kernel import SideBySide, kernel_settings, open_full, query_features, rows_held
 from gradstore.stages.reading import full_rows, full_width
 from gradstore.store.artifacts import FullKernelArtifact, PartialsArtifact, QueryArtifact, QueryShape, remove_partials
@@ -214,12 +214,10 @@ def _make_product(store: FeatureStore, spec: RunSpec, coordinates: _Coordinates,
     kernel, member = coordinates.kernel, coordinates.member
     arrays = store.open_set("train", member).info.arrays
     weights = [weights_of(store, slab.target, spec) for slab in slabs]
-    for slab in slabs:
-        _refuse_another_build(
-            QueryArtifact.open(store.storage, slab.target.kernel, (slab.target.set_name, member)), kernel
-        )
-
-    values = stacked(store, spec, member, slabs, lambda artifact, first, last: artifact.read_coefficients(first, last))
+    opened = open_slabs(store, spec, member, slabs)
+    for item in opened:
+        _refuse_another_build(item.artifact, kernel)
+    values = stacked(opened, lambda artifact, first, last: artifact.read_coefficients(first, last))
     summed = weights[0] is not None
     if summed:
         parts = [weight_M @ part for part, weight_M in _by_slab(values, slabs, weights) if weight_M is not None]
@@ -234,7 +232,7 @@ def _make_product(store: FeatureStore, spec: RunSpec, coordinates: _Coordinates,
         def read(artifact: QueryArtifact, first: int, last: int, group: str = array.name) -> np.ndarray:
             return artifact.read(group)[first:last]
 
-        queries[array.name] = stacked(store, spec, member, slabs, read)
+        queries[array.name] = stacked(opened, read)
         for part, weight_M in _by_slab(queries[array.name], slabs, weights):
             part[...] *= 1 if weight_M is None else np.float32(weight_M[place])
     in_group = InGroup(arrays, queries, summed=summed, factored=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
-from gradstore.stages.contribute.queries import Slab, Target, stacked
+from gradstore.stages.contribute.queries import Slab, Target, open_slabs, stacked
 from gradstore.stages.reading import full_rows, inner_products, is_factored
 from gradstore.stages.weights import read_weights
 from gradstore.store.artifacts import QueryArtifact
@@ -128,14 +128,14 @@ def _in_group(store: FeatureStore, spec: RunSpec, member: str, slabs: Sequence[S
     arrays = store.open_set("train", member).info.arrays
     weights = [weights_of(store, slab.target, spec) for slab in slabs]
     factored = not kernel.needs_spectra and any(map(is_factored, arrays))
-    queries = {}
+    opened, queries = open_slabs(store, spec, member, slabs), {}
     for place, array in enumerate(arrays):
 
         def read(artifact: QueryArtifact, first: int, last: int, group: str = array.name) -> np.ndarray:
             return artifact.read(group)[first:last]
 
         weigh = partial(_weigh_factors, array) if factored and is_factored(array) else _weigh
-        rows, start = stacked(store, spec, member, slabs, read, weigh), 0
+        rows, start = stacked(opened, read, weigh), 0
         for slab, weight_M in zip(slabs, weights, strict=True):
             if weight_M is not None:
                 weigh(rows[start : start + slab.queries], np.full(slab.queries, weight_M[place], np.float32))

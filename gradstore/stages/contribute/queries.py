@@ -137,11 +137,29 @@ def attempts(store: FeatureStore, slabs: Sequence[Slab], members: Sequence[str])
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSlab:
+    """A slab with its preconditioned queries, of one member, and what C of each counts: None where all count once."""
+
+    slab: Slab
+    artifact: QueryArtifact
+    factors: np.ndarray | None
+
+
+def open_slabs(store: FeatureStore, spec: RunSpec, member: str, slabs: Sequence[Slab]) -> list[OpenSlab]:
+    """Open the queries of some slabs of a run, as a member has them; an artifact of many groups takes milliseconds to."""
+    found = []
+    for slab in slabs:
+        target = slab.target
+        artifact = QueryArtifact.open(store.storage, target.kernel, (target.set_name, member))
+        factor_Q = query_factor(store, run_of(spec, target.kernel), target.set_name)
+        of_slab = None if factor_Q is None else factor_Q[slab.first : slab.last]
+        found.append(OpenSlab(slab=slab, artifact=artifact, factors=of_slab))
+    return found
+
+
 def stacked(
-    store: FeatureStore,
-    spec: RunSpec,
-    member: str,
-    slabs: Sequence[Slab],
+    slabs: Sequence[OpenSlab],
     read: Callable[[QueryArtifact, int, int], np.ndarray],
     weigh: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> np.ndarray:
@@ -149,10 +167,6 @@ def stacked(
 
     Parameters
     ----------
-    store, spec
-        The store and the run, of which the slabs are.
-    member
-        Whose queries.
     slabs
         Which queries.
     read
@@ -161,19 +175,16 @@ def stacked(
         Multiplies, in place, what is stacked of a slab by a factor [queries]; by default all of it.
     """
     stack: np.ndarray | None = None
-    start, total = 0, sum(slab.queries for slab in slabs)
-    for slab in slabs:
-        target = slab.target
-        artifact = QueryArtifact.open(store.storage, target.kernel, (target.set_name, member))
-        values = read(artifact, slab.first, slab.last)
+    start, total = 0, sum(item.slab.queries for item in slabs)
+    for item in slabs:
+        values = read(item.artifact, item.slab.first, item.slab.last)
         if stack is None:
             stack = aligned((total, *values.shape[1:]))
-        factor_Q = query_factor(store, run_of(spec, target.kernel), target.set_name)
-        place = stack[start : start + slab.queries]
+        place = stack[start : start + item.slab.queries]
         np.copyto(place, values)
-        if factor_Q is not None:
-            (weigh or _weigh)(place, factor_Q[slab.first : slab.last])
-        start += slab.queries
+        if item.factors is not None:
+            (weigh or _weigh)(place, item.factors)
+        start += item.slab.queries
     assert stack is not None, "there is nothing to stack"
     return stack
 
