@@ -22,6 +22,7 @@ from gradstore.numerics.learner.certified import Certificate, Certification, Cer
 from gradstore.numerics.learner.closed_form import closed_form_weights
 from gradstore.numerics.learner.judging import gain, judge
 from gradstore.numerics.learner.kept import KeptRows, Piece, best_rows
+from gradstore.numerics.learner.noise import deviations, noisy, with_noise
 from gradstore.numerics.learner.settings import ENDS, LearnerSettings, Objective
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Visit",
     "best_rows",
     "closed_form_weights",
+    "deviations",
     "gain",
     "initial_raw_weights",
     "initial_weights",
@@ -46,8 +48,10 @@ __all__ = [
     "learn_certified",
     "learn_weights",
     "loss_and_gradient",
+    "noisy",
     "placing_scores",
     "refuse_non_finite",
     "visit_order",
     "visit_query",
+    "with_noise",
 ]
