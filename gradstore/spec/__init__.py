@@ -4,13 +4,13 @@ Paths: ``run.store`` is relative to the working directory, as on the command lin
 to the folder of run.toml, so that a pipeline's folder can be copied as a whole.
 """
 
+from gradstore.spec.cluster import ClusterSection
 from gradstore.spec.data import SPLITS, DataSection, SplitSection
 from gradstore.spec.kinds import content_hash, differences, resolve_kind
 from gradstore.spec.reading import parse_spec, read_spec
 from gradstore.spec.sections import (
     MEAN_MEMBER,
     SET_FOLDERS,
-    ClusterSection,
     FeaturesSection,
     KernelSection,
     ModelSection,

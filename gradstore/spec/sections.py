@@ -1,22 +1,17 @@
-"""The tables of run.toml, as frozen values; those of [data] are in data.py."""
+"""The tables of run.toml, as frozen values; those of [data] and [cluster] are in data.py and cluster.py."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import psutil
 from pydantic import Field, model_validator
 
 from gradstore.errors import SpecError
+from gradstore.spec.cluster import ClusterSection
 from gradstore.spec.data import DataSection
+from gradstore.spec.quantities import parse_bytes
 from gradstore.spec.section import Section
-
-# Part of the machine's memory that the workers of an embedded cluster share; the rest is this process and the page cache.
-MEMORY_SHARE = 0.8
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 # Names of kernels and weights: "<kernel>.<weights>" names their scores, so neither has a dot.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -26,14 +21,6 @@ MEAN_MEMBER = "members.mean"
 # Folders that a feature set has beside those of its members, so that no member can be called so.
 SET_FOLDERS = ("inputs", "examples", "statistics", "blocks", "scales")
 RESERVED_NAMES = {"kernel": "baseline", "learn": "unweighted"}
-
-
-def _bytes(key: str, text: str) -> int:
-    """Number of bytes that a size such as 4GiB or 500MB stands for."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS:
-        raise SpecError(f'{key}: found {text!r}; accepted: a size such as "4GiB" or "500MB".')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 class RunSection(Section):
@@ -218,11 +205,11 @@ class LearnSection(Section):
     @property
     def memory_bytes(self) -> int:
         """Most memory for the rows of C that certifying keeps."""
-        return _bytes("learn.memory", self.memory)
+        return parse_bytes("learn.memory", self.memory)
 
     @model_validator(mode="after")
     def _check(self) -> LearnSection:
-        _bytes("learn.memory", self.memory)
+        parse_bytes("learn.memory", self.memory)
         return self
 
 
@@ -241,36 +228,6 @@ class ScoreSection(Section):
     k: int = Field(default=10, ge=1)
     weights: list[Annotated[str, Field(pattern=NAME)]] = Field(default_factory=list)
     tail_patch: TailPatchSection = TailPatchSection()
-
-
-class ClusterSection(Section):
-    """[cluster]: where tasks run."""
-
-    kind: Literal["local", "scheduler"] = "local"
-    address: str | None = None
-    workers: int | None = Field(default=None, ge=1)
-    memory_per_worker: str = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    @property
-    def num_workers(self) -> int:
-        """Workers of the run: as declared, else one per core of this machine."""
-        return self.workers or os.cpu_count() or 1
-
-    @property
-    def worker_memory_bytes(self) -> int:
-        """Memory that one worker may use: as declared, else its share of this machine's memory."""
-        if self.memory_per_worker == "auto":
-            return int(psutil.virtual_memory().total * MEMORY_SHARE) // self.num_workers
-        return _bytes("cluster.memory_per_worker", self.memory_per_worker)
-
-    @model_validator(mode="after")
-    def _check(self) -> ClusterSection:
-        if self.memory_per_worker != "auto":
-            _bytes("cluster.memory_per_worker", self.memory_per_worker)
-        if self.kind == "scheduler" and self.address is None:
-            raise SpecError('cluster.address: is missing; kind = "scheduler" needs one, such as "tls://host:8786".')
-        return self
 
 
 class RunSpec(Section):
