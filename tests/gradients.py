@@ -42,6 +42,8 @@ class RandomStore:
         What the features of single train rows are multiplied by.
     dtype
         Of the train set.
+    adam
+        Whether train features are said to be of the directions of Adam's steps.
     """
 
     url: str
@@ -51,11 +53,17 @@ class RandomStore:
     zero: Sequence[int] = ()
     scale: Mapping[int, float] = field(default_factory=dict)
     dtype: DtypeName = "float32"
+    adam: bool = False
 
     def make(self) -> RandomStore:
         """Write the store."""
-        contract = {"model": {"hash": "abc", "output": self.output}, "projection": {"kind": "logra"}}
-        store = FeatureStore.create(self.url, contract=contract, run=stores.RUN)
+        of_member = {"weights": "abc", **({"optimizer": "def"} if self.adam else {})}
+        contract = {
+            "model": {"hash": "abc", "output": self.output},
+            "members": dict.fromkeys(self.etas, of_member),
+            "projection": {"kind": "logra"},
+        }
+        store = FeatureStore.create(self.url, contract=contract, run=self.spec().model_dump())
         for name, rows in ROWS.items():
             info = replace(
                 stores.set_info(name, rows=rows, block_rows=4, dtype=self.dtype if name == "train" else "float32"),
