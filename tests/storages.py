@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gradstore.errors import IntegrityError, ObjectMissingError
-from gradstore.store.backend import ObjectInfo, Part, Storage, open_storage
+from gradstore.store.backend import ObjectInfo, Part, Range, Storage, open_storage
 
 T = TypeVar("T")
 
@@ -42,6 +42,23 @@ class StorageSuite:
         storage.publish("a/big", [b"12345"])
         with pytest.raises(IntegrityError, match=r"a/big: has 5 bytes; at most 4"):
             storage.read_into("a/big", memoryview(bytearray(4)))
+
+    def test_ranges_of_an_object_are_read_in_any_order_and_may_overlap(self, storage: Storage) -> None:
+        storage.publish("a", [bytes(range(200)), bytes(range(200))])
+        buffers = [bytearray(5), bytearray(3), bytearray(4), bytearray(0)]
+        starts = (100, 0, 198, 7)
+        storage.read_ranges("a", [(start, memoryview(buffer)) for start, buffer in zip(starts, buffers, strict=True)])
+        assert [list(buffer) for buffer in buffers] == [[100, 101, 102, 103, 104], [0, 1, 2], [198, 199, 0, 1], []]
+
+    def test_a_range_beyond_the_end_of_an_object_is_refused_by_name(self, storage: Storage) -> None:
+        storage.publish("a/small", [b"12345"])
+        for start in (3, 5, 9):
+            with pytest.raises(IntegrityError, match=rf"a/small: ends after [359] bytes; {start + 3} belong there"):
+                storage.read_ranges("a/small", [(0, memoryview(bytearray(2))), (start, memoryview(bytearray(3)))])
+
+    def test_a_range_of_a_missing_object_names_it(self, storage: Storage) -> None:
+        with pytest.raises(ObjectMissingError, match="not/here: no such object"):
+            storage.read_ranges("not/here", [(0, memoryview(bytearray(4)))])
 
     def test_an_object_is_never_overwritten(self, storage: Storage) -> None:
         assert storage.publish("a", [b"first"])
@@ -148,12 +165,16 @@ class KillingStorage:
         self._event = event
         self.url = storage.url
         self.concurrency = 1
+        self.request_bytes = storage.request_bytes
 
     def read(self, path: str) -> bytes:
         return self._storage.read(path)
 
     def read_into(self, path: str, buffer: memoryview) -> int:
         return self._storage.read_into(path, buffer)
+
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> None:
+        self._storage.read_ranges(path, ranges)
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         return self._counted(lambda: self._storage.publish(path, parts))

@@ -12,9 +12,9 @@ from gradstore.store.backend.directory import DirectoryStorage
 from gradstore.store.backend.memory import MemoryStorage
 from gradstore.store.backend.overlay import SCHEME as OVERLAY
 from gradstore.store.backend.overlay import OverlayStorage
-from gradstore.store.backend.protocol import ObjectInfo, Part, Storage
+from gradstore.store.backend.protocol import ObjectInfo, Part, Range, Storage
 
-__all__ = ["ObjectInfo", "Part", "Storage", "open_storage"]
+__all__ = ["ObjectInfo", "Part", "Range", "Storage", "open_storage"]
 
 S3_CLIENTS = ("obstore", "s3fs")
 _FSYNC = {"on": True, "off": False}

@@ -15,7 +15,7 @@ from typing import Final
 from uuid import uuid4
 
 from gradstore.errors import SpecError
-from gradstore.store.backend.protocol import ObjectInfo, Part, Storage, is_document
+from gradstore.store.backend.protocol import ObjectInfo, Part, Range, Storage, is_document
 
 DEFAULT_LIMIT_BYTES: Final = 10 * 10**9
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -57,6 +57,7 @@ class CachedStorage:
         self._warned = False
         self.url = storage.url
         self.concurrency = storage.concurrency
+        self.request_bytes = storage.request_bytes
 
     def __reduce__(self) -> tuple[Callable[[Storage], Storage], tuple[Storage]]:
         # Another machine has a folder of its own.
@@ -89,6 +90,15 @@ class CachedStorage:
         size = self._storage.read_into(path, buffer)
         self._keep(copy, buffer[:size])
         return size
+
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> None:
+        """See `Storage.read_ranges`: of a copy if there is one. Ranges are not kept."""
+        copy = self._copy(path)
+        with suppress(OSError), copy.open("rb", buffering=0) as file:
+            if all(_read_whole(file.fileno(), buffer, start) for start, buffer in ranges):
+                os.utime(file.fileno())
+                return
+        self._storage.read_ranges(path, ranges)
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         """See `Storage.publish`."""
@@ -210,8 +220,8 @@ def _size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
 
 
-def _read_whole(descriptor: int, buffer: memoryview) -> bool:
+def _read_whole(descriptor: int, buffer: memoryview, start: int = 0) -> bool:
     done = 0
-    while done < len(buffer) and (count := os.readv(descriptor, [buffer[done:]])):
+    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
         done += count
     return done == len(buffer)

@@ -8,7 +8,7 @@ from functools import cache
 from threading import Lock
 
 from gradstore.errors import IntegrityError, ObjectMissingError
-from gradstore.store.backend.protocol import ObjectInfo, Part
+from gradstore.store.backend.protocol import ObjectInfo, Part, Range, ends_early
 
 
 class MemoryStorage:
@@ -19,6 +19,7 @@ class MemoryStorage:
         self._objects, self._lock = _objects(name)
         self.url = f"memory://{name}"
         self.concurrency = 1
+        self.request_bytes = 0
 
     def __reduce__(self) -> tuple[type[MemoryStorage], tuple[str]]:
         return MemoryStorage, (self._name,)
@@ -37,6 +38,15 @@ class MemoryStorage:
             raise IntegrityError(f"{self.url}/{path}: has {len(data)} bytes; at most {len(buffer)} belong there.")
         buffer[: len(data)] = data
         return len(data)
+
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> None:
+        """See `Storage.read_ranges`."""
+        data = self.read(path)
+        for start, buffer in ranges:
+            stop = start + len(buffer)
+            if stop > len(data):
+                raise ends_early(f"{self.url}/{path}", len(data), stop)
+            buffer[:] = data[start:stop]
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         """See `Storage.publish`."""

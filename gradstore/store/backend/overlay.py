@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from gradstore.errors import ObjectMissingError
 from gradstore.store.backend.memory import MemoryStorage
-from gradstore.store.backend.protocol import ObjectInfo, Part, Storage
+from gradstore.store.backend.protocol import ObjectInfo, Part, Range, Storage
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ class OverlayStorage:
         self._folders_below = cache(base.list_folders)
         self.url = overlay_url(name, base.url)
         self.concurrency = base.concurrency
+        self.request_bytes = base.request_bytes
 
     def __reduce__(self) -> tuple[type[OverlayStorage], tuple[str, Storage]]:
         return OverlayStorage, (self._name, self._base)
@@ -53,6 +54,10 @@ class OverlayStorage:
     def read_into(self, path: str, buffer: memoryview) -> int:
         """See `Storage.read_into`."""
         return self._first_of(path, lambda storage: storage.read_into(path, buffer))
+
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> None:
+        """See `Storage.read_ranges`."""
+        self._first_of(path, lambda storage: storage.read_ranges(path, ranges))
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         """See `Storage.publish`."""

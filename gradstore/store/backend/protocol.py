@@ -6,7 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from gradstore.errors import IntegrityError
+
 Part: TypeAlias = bytes | memoryview
+Range: TypeAlias = tuple[int, memoryview]
+"""Where a range of an object begins, and what its bytes are read into: as many as that takes."""
 
 _DOCUMENT = ".json"
 
@@ -35,6 +39,11 @@ def is_document(path: str) -> bool:
     return path.endswith(_DOCUMENT)
 
 
+def ends_early(where: str, size: int, needed: int) -> IntegrityError:
+    """Return what tells of an object that has fewer bytes than a range of it asks for."""
+    return IntegrityError(f"{where}: ends after {size} bytes; {needed} belong there.")
+
+
 class Storage(Protocol):
     """Named objects under one URL.
 
@@ -52,6 +61,10 @@ class Storage(Protocol):
     def concurrency(self) -> int:
         """Requests worth having in flight at once."""
 
+    @property
+    def request_bytes(self) -> int:
+        """Bytes that come in the time that a request takes beside them: what asking for a range costs at least."""
+
     def read(self, path: str) -> bytes:
         """Bytes of an object; ObjectMissingError if there is none."""
 
@@ -59,6 +72,12 @@ class Storage(Protocol):
         """Read an object into ``buffer`` and return its size.
 
         ObjectMissingError if there is none, IntegrityError if it is larger than the buffer.
+        """
+
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> None:
+        """Read ranges of an object, each into a buffer of its size. No checksum of the object vouches for them.
+
+        ObjectMissingError if there is none, IntegrityError if it ends before a range does.
         """
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Final, TypeAlias, TypeVar
 
 from gradstore.errors import IntegrityError, ObjectMissingError, StorageError
-from gradstore.store.backend.protocol import ObjectInfo, Part
+from gradstore.store.backend.protocol import ObjectInfo, Part, Range, ends_early
 from gradstore.store.backend.s3_client import ByteRange, S3Client
 from gradstore.store.backend.s3_failures import (
     UNREACHABLE,
@@ -39,6 +39,8 @@ CONCURRENCY: Final = 16
 # What is larger is read by parallel requests of this size.
 _RANGE_BYTES: Final = 16 * 2**20
 _RANGES_AT_ONCE: Final = 4
+# What a connection gives in the 20 ms or so that a request waits for its first byte.
+_REQUEST_BYTES: Final = 2**20
 # Writes of what is there already that must not all succeed, before a server is trusted with conditions.
 _TRIES: Final = 3
 
@@ -75,6 +77,7 @@ class S3Storage:
         self._trying = Lock()
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.concurrency = CONCURRENCY
+        self.request_bytes = _REQUEST_BYTES
         if find_spec(client) is None:
             raise StorageError(f"s3:// needs {client}, which is not installed: pip install 'gradstore[s3]'.")
 
@@ -105,6 +108,15 @@ class S3Storage:
                 # All of one version of the object.
                 list(pool.map(lambda part: self._read_range(path, buffer, part, etag), rest))
         return size
+
+    def read_ranges(self, path: str, ranges: Sequence[Range]) -> None:
+        """See `Storage.read_ranges`: a request for each."""
+        for start, buffer in (each for each in ranges if len(each[1])):
+            stop = start + len(buffer)
+            try:
+                self._ask(path, "read", partial(self._read_part, path, start, buffer))
+            except EmptyRangeError:
+                raise ends_early(f"{self.url}/{path}", start, stop) from None
 
     def publish(self, path: str, parts: Sequence[Part]) -> bool:
         """See `Storage.publish`."""
@@ -192,6 +204,17 @@ class S3Storage:
             return size, answer.etag
 
         return self._ask(path, "read", read)
+
+    def _read_part(self, path: str, start: int, buffer: memoryview, client: S3Client) -> None:
+        stop, done = start + len(buffer), 0
+        answer = client.get(self._key(path), (start, stop))
+        if answer.total_bytes < stop:
+            raise ends_early(f"{self.url}/{path}", answer.total_bytes, stop)
+        for chunk in answer.chunks:
+            fitting = chunk[: len(buffer) - done]
+            buffer[done : done + len(fitting)] = fitting
+            done += len(chunk)
+        self._require_length(path, done, len(buffer))
 
     def _require_length(self, path: str, found: int, expected: int) -> None:
         if found != expected:
