@@ -8,6 +8,7 @@ import numpy as np
 
 from gradstore.stages.report import (
     UNWEIGHTED,
+    Comparison,
     Group,
     PrecisionRow,
     QueryReport,
@@ -100,6 +101,19 @@ def make_report(
             TailPatchRow(method="without weights", mean=0.55, ci_low=0.18, ci_high=0.97, queries=10),
             TailPatchRow(method="BM25", mean=0.48, ci_low=0.11, ci_high=0.86, queries=10),
             TailPatchRow(method="random", mean=-0.04, ci_low=-0.31, ci_high=0.2, queries=10),
+        ],
+        comparisons=[
+            Comparison(
+                measure="tail-patch", weights="learned", difference=0.06, ci_low=0.011, ci_high=0.12, queries=10
+            ),
+            Comparison(
+                measure="label precision@10",
+                weights="learned",
+                difference=-0.04,
+                ci_low=-0.09,
+                ci_high=0.0083,
+                queries=60,
+            ),
         ],
         notes=[
             "Topic is not causal effect: label precision says how alike texts are; word counts alone reach 0.73 here.",

@@ -133,6 +133,7 @@ def run_all(run: Run, append: Append = False, scheduler: Scheduler = None, quiet
     """Do the whole path, featurize to report; what is already done is kept."""
     from gradstore.spec import read_spec
     from gradstore.stages.featurize import featurize as first
+    from gradstore.stages.report import render_tables
     from gradstore.stages.report import report as page_stage
     from gradstore.stages.run import stages_of
 
@@ -141,8 +142,8 @@ def run_all(run: Run, append: Append = False, scheduler: Scheduler = None, quiet
     if spec.contribute.mode != "tensor":
         typer.echo('no report: its page shows the parts of scores, which come with contribute.mode = "tensor"')
         return
-    tables, page = page_stage(spec.run.store, None, spec.sweep()[0].kernel.name)
-    draw(*tables)
+    found, page = page_stage(spec.run.store, None, spec.sweep()[0].kernel.name)
+    draw(*render_tables(found))
     typer.echo(f"report: {page}")
 
 

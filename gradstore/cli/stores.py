@@ -26,13 +26,18 @@ def report(
     kernel: Annotated[
         str | None, typer.Option("--kernel", help="Which kernel's rankings, where a store has several.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Print the tables of a finished run and write its page, one HTML file that needs no network."""
+    from gradstore.stages.report import as_values, render_tables
     from gradstore.stages.report import report as stage
 
-    tables, page = stage(store, output, kernel)
-    draw(*tables)
-    typer.echo(f"report: {page}")
+    found, page = stage(store, output, kernel)
+    if as_json:
+        typer.echo(json.dumps({**as_values(found), "report": str(page)}))
+    else:
+        draw(*render_tables(found))
+        typer.echo(f"report: {page}")
 
 
 @app.command()

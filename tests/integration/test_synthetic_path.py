@@ -103,11 +103,11 @@ def test_the_store_is_whole_planned_and_reported_like_any_other(made: Path) -> N
     attribute(run)
 
     found = verify(run.run.store, full=True, progress=Progress(quiet=True))
-    tables, page = report(run.run.store, None, "identity")
+    shown, page = report(run.run.store, None, "identity")
     planned = make_plan(run)
 
     assert found["problems"] == []
-    assert tables
+    assert shown.queries
     assert "topic-" in page.read_text(encoding="utf-8")
     assert planned.features == GROUPS * 32
     assert planned.sets["train"].rows == 400

@@ -14,6 +14,7 @@ import pytest
 
 from gradstore.stages.report import (
     UNWEIGHTED,
+    Comparison,
     Group,
     PrecisionRow,
     RankedExample,
@@ -92,6 +93,9 @@ def filled_with(report: ReportData, text: str) -> ReportData:
         ],
         precision=[PrecisionRow(method=text, precision=0.5, chance=0.2)],
         tail_patch=[TailPatchRow(method=text, mean=1, ci_low=0, ci_high=2, queries=10)],
+        comparisons=[
+            Comparison(measure="x", weights=text, difference=1, ci_low=low, ci_high=2, queries=10) for low in (-1, 1)
+        ],
         notes=[text],
     )
 
@@ -214,12 +218,49 @@ def test_a_run_without_labels_weights_or_measures_shows_what_it_has(report: Repo
         for query in bare.queries
     ]
     page = render_page(
-        dataclasses.replace(bare, queries=queries, weights=(), precision=(), tail_patch=(), notes=(), facts=())
+        dataclasses.replace(
+            bare, queries=queries, weights=(), precision=(), tail_patch=(), comparisons=(), notes=(), facts=()
+        )
     )
 
     assert "Without weights" in page
-    for absent in ("same label", "Learned weights", "Tail-patch", "precision@", 'class="move"'):
+    for absent in ("same label", "Learned weights", "For and against", "Tail-patch", "precision@", 'class="move"'):
         assert absent not in page
+
+
+def test_what_speaks_for_and_against_the_weights_is_said_of_each(report: ReportData) -> None:
+    said = re.findall(r'<li class="(better|worse|unknown)">(.*?)</li>', render_page(report))
+
+    assert said == [
+        (
+            "better",
+            "Tail-patch: weights “learned” do better than none (difference +0.060, 95 % interval +0.011 to +0.12, "
+            "10 queries).",
+        ),
+        (
+            "unknown",
+            "Label precision@10: with weights “learned” no difference can be told (difference \u22120.040, 95 % interval "
+            "\u22120.090 to +0.0083, 60 queries).",
+        ),
+    ]
+
+
+def test_every_vector_has_a_chart_and_every_ranking_a_column_beside_that_without_weights(report: ReportData) -> None:
+    vectors = [dataclasses.replace(report.weights[0], name=name) for name in ("learned", "from-other")]
+    query = report.queries[0]
+    rankings = {**query.rankings, "from-other": query.rankings["learned"]}
+
+    page = render_page(
+        dataclasses.replace(report, weights=vectors, queries=[dataclasses.replace(query, rankings=rankings)])
+    )
+
+    assert page.count('class="weight-plot"') == 2
+    titles = re.findall(r"<h4>(With[^<]*)", page)
+    assert [title.strip() for title in titles] == 2 * [
+        "Without weights",
+        "With weights “learned”",
+        "With weights “from-other”",
+    ]
 
 
 def test_a_run_without_queries_says_so(report: ReportData) -> None:

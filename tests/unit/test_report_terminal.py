@@ -29,6 +29,7 @@ def test_the_terminal_shows_measures_weights_and_first_proponents(report: Report
     assert "Label precision@10" in text
     assert "0.57" in text
     assert "+0.22 … +1.03" in text
+    assert "Tail-patch: weights “learned” do better than none" in text
     assert "Heaviest of 28 groups, “learned”" in text
     assert "Without weights" in text
     assert "With weights “learned”" in text
@@ -67,7 +68,7 @@ def test_a_text_can_neither_style_nor_steer_the_terminal(report: ReportData) -> 
 
 
 def test_a_run_without_labels_weights_or_measures_prints_its_proponents(report: ReportData) -> None:
-    bare = dataclasses.replace(report, precision=(), tail_patch=(), weights=(), notes=())
+    bare = dataclasses.replace(report, precision=(), tail_patch=(), comparisons=(), weights=(), notes=())
 
     text = printed(bare)
 

@@ -1,6 +1,7 @@
 """The report of a run: one self-contained HTML page, and tables for the terminal."""
 
 from gradstore.stages.report.data import (
+    Comparison,
     Group,
     PrecisionRow,
     QueryReport,
@@ -10,12 +11,13 @@ from gradstore.stages.report.data import (
     WeightVector,
 )
 from gradstore.stages.report.page import render_page
-from gradstore.stages.report.stage import report
+from gradstore.stages.report.stage import as_values, report
 from gradstore.stages.report.terminal import render_tables
 from gradstore.stages.weights import UNWEIGHTED
 
 __all__ = [
     "UNWEIGHTED",
+    "Comparison",
     "Group",
     "PrecisionRow",
     "QueryReport",
@@ -23,6 +25,7 @@ __all__ = [
     "ReportData",
     "TailPatchRow",
     "WeightVector",
+    "as_values",
     "render_page",
     "render_tables",
     "report",

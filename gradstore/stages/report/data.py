@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 Side = Literal["proponent", "opponent"]
+Verdict = Literal["better", "worse", "unknown"]
+
+# With fewer, chance alone lets all of them agree in more than one case of twenty: 2^(1 - n) > 0.05.
+LEAST_QUERIES: Final = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,33 @@ class TailPatchRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What weights change in a measure: the mean over queries of its difference to no weights, and the 95 % interval.
+
+    Attributes
+    ----------
+    measure, weights
+        What was measured, larger being better, and the name of the weights.
+    queries
+        How many queries were measured both ways.
+    """
+
+    measure: str
+    weights: str
+    difference: float
+    ci_low: float
+    ci_high: float
+    queries: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the interval lies above or below zero, and is of enough queries to say so."""
+        if self.queries < LEAST_QUERIES or not (self.ci_low > 0 or self.ci_high < 0):
+            return "unknown"
+        return "better" if self.ci_low > 0 else "worse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """Everything that a report shows.
 
@@ -114,6 +145,8 @@ class ReportData:
         Label precision@k by method; empty where the data has no labels.
     tail_patch
         Tail-patch by method; empty where it was not measured.
+    comparisons
+        Every weighting beside no weights, in every measure that both have; empty where none was learned.
     notes
         What the figures do not show, a sentence each.
     """
@@ -126,6 +159,7 @@ class ReportData:
     precision: Sequence[PrecisionRow] = ()
     precision_k: int = 10
     tail_patch: Sequence[TailPatchRow] = ()
+    comparisons: Sequence[Comparison] = ()
     notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 
+from gradstore.stages.report.data import LEAST_QUERIES, Comparison
 from gradstore.stages.weights import UNWEIGHTED
 
 MINUS = "\u2212"
@@ -70,11 +71,7 @@ class Scale:
 
     def part(self, value: float) -> str:
         """A part of a score to two significant digits, and always a sign."""
-        if not math.isfinite(value):
-            return MISSING
-        scaled = self.apply(value)
-        size = math.floor(math.log10(abs(scaled))) if scaled else 0
-        return _typeset(f"{scaled:+.{min(max(1 - size, 0), 4)}f}")
+        return two_digits(self.apply(value), most=4) if math.isfinite(value) else MISSING
 
 
 def percent(share: float) -> str:
@@ -85,6 +82,26 @@ def percent(share: float) -> str:
 def signed(value: float, decimals: int = 2) -> str:
     """A number with a sign and a minus that is as wide as a plus."""
     return _typeset(f"{value:+.{decimals}f}") if math.isfinite(value) else MISSING
+
+
+def two_digits(value: float, *, most: int = 6) -> str:
+    """A number to two significant digits, or as many decimals at most, and always a sign."""
+    if not math.isfinite(value):
+        return MISSING
+    size = math.floor(math.log10(abs(value))) if value else 0
+    return _typeset(f"{value:+.{min(max(1 - size, 0), most)}f}")
+
+
+def sentence(found: Comparison) -> str:
+    """What a comparison of weights with none says."""
+    does = {"better": "do better", "worse": "do worse", "unknown": "no difference can be told"}[found.verdict]
+    who = f"weights “{one_line(found.weights, 40)}”"
+    said = f"with {who} {does}" if found.verdict == "unknown" else f"{who} {does} than none"
+    interval = f"95 % interval {two_digits(found.ci_low)} to {two_digits(found.ci_high)}"
+    of = f"{found.queries:,} quer{'y' if found.queries == 1 else 'ies'}"
+    few = f", too few to tell: it takes {LEAST_QUERIES}" if found.queries < LEAST_QUERIES else ""
+    measure = found.measure[0].upper() + found.measure[1:]
+    return f"{measure}: {said} (difference {two_digits(found.difference)}, {interval}, {of}{few})."
 
 
 def _typeset(number: str) -> str:

@@ -18,6 +18,7 @@ from gradstore.stages.report.formatting import (
     one_line,
     paragraphs,
     ranking_title,
+    sentence,
 )
 from gradstore.stages.report.layers import Layout, draw_weights, lay_out, sum_parts
 from gradstore.stages.report.templates import make_environment, policy_hash
@@ -115,6 +116,7 @@ def render_page(data: ReportData) -> str:
             queries=[_view_query(query, layout) for query in data.queries],
             intervals=intervals,
             zero=zero,
+            findings=[(comparison.verdict, sentence(comparison)) for comparison in data.comparisons],
             patched=_range([row.queries for row in data.tail_patch]),
             style=style,
             script=script,

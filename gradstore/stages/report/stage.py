@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyarrow import compute
 
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.output import replacing
+from gradstore.stages.report.comparison import compare
 from gradstore.stages.report.data import (
     Group,
     PrecisionRow,
@@ -20,20 +22,17 @@ from gradstore.stages.report.data import (
     TailPatchRow,
     WeightVector,
 )
+from gradstore.stages.report.formatting import sentence
 from gradstore.stages.report.page import render_page
-from gradstore.stages.report.terminal import render_tables
 from gradstore.stages.status import status
 from gradstore.stages.weights import UNWEIGHTED, read_weights
 from gradstore.store.artifacts import ScoresArtifact
 from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureSet, FeatureStore
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-# A page of more queries is slow to open; the scores in the store hold them all.
 # What is shown in the place of an example that was erased since it was ranked.
 _ERASED: Mapping[str, Any] = {"example_id": "(erased)", "label": None, "text": ""}
+# A page of more queries is slow to open; the scores in the store hold them all.
 MAX_QUERIES = 100
 SIGN_NOTE = (
     "Positive scores are proponents: training on them would lower the query's loss, by the model's own gradients."
@@ -48,8 +47,8 @@ TAIL_PATCH_NOTE = (
 )
 
 
-def report(store_url: str, output: Path | None, kernel: str | None = None) -> tuple[list[RenderableType], Path]:
-    """Write the page of a store; return the tables for a terminal, and where the page is.
+def report(store_url: str, output: Path | None, kernel: str | None = None) -> tuple[ReportData, Path]:
+    """Write the page of a store; return what it shows, and where it is.
 
     Parameters
     ----------
@@ -74,7 +73,24 @@ def report(store_url: str, output: Path | None, kernel: str | None = None) -> tu
         output = Path(store_url) / "report.html" if local else Path(f"{data.name}-report.html")
     with replacing(output) as temporary:
         temporary.write_text(render_page(data), encoding="utf-8")
-    return list(render_tables(data)), output
+    return data, output
+
+
+def as_values(data: ReportData) -> dict[str, Any]:
+    """Plain values of a report, but for its queries: what was measured, what that says of the weights, and these."""
+    groups = [group.name for group in data.groups]
+    return {
+        "name": data.name,
+        "facts": dict(data.facts),
+        "precision": [asdict(row) for row in data.precision],
+        "tail_patch": [asdict(row) for row in data.tail_patch],
+        "comparisons": [
+            {**asdict(comparison), "verdict": comparison.verdict, "says": sentence(comparison)}
+            for comparison in data.comparisons
+        ],
+        "weights": {vector.name: dict(zip(groups, vector.weights, strict=True)) for vector in data.weights},
+        "notes": list(data.notes),
+    }
 
 
 def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -> ReportData:
@@ -90,7 +106,8 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
     if kernel is not None and kernel not in kernels:
         raise SpecError(f"--kernel: found {kernel!r}; {store.storage.url} has scores of: {', '.join(kernels)}.")
     rankings = [row for row in finished if row["kernel"] == (kernel or kernels[0])]
-    if rankings[0]["kernel"] not in {row["kernel"] for row in found["contributions"]}:
+    made_from = ScoresArtifact.open(store.storage, rankings[0]["name"]).settings
+    if "score_matrix" in made_from:
         raise NotReadyError(
             f"{store.storage.url}: of the kernel {rankings[0]['kernel']} there are scores alone, without the parts that a "
             'report shows. Set contribute.mode = "tensor", then run `gradstore run`.'
@@ -100,6 +117,7 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
     baselines = [row for row in found["baselines"] if row["committed"] == row["total"]]
     rows = [*rankings, *baselines]
     arrays = store.open_set("train").info.arrays
+    summaries = [ScoresArtifact.open(store.storage, row["name"]).read_summary() for row in rankings]
     precision = [
         PrecisionRow(method=_title(row), precision=row["precision_at_10"], chance=row["chance"])
         for row in rows
@@ -111,12 +129,13 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
         notes.append(f"The page shows the first {MAX_QUERIES} queries; the store holds the scores of all.")
     return ReportData(
         name=found["name"],
-        facts=_facts(store, found, rankings[0]),
+        facts=_facts(store, found, rankings[0], made_from["contributions"]["kernel"]),
         groups=[Group(name=array.name, depth=array.depth, function=array.function) for array in arrays],
         weights=[_weights(store, row["weights"]) for row in rankings if row["weights"] is not None],
         queries=_queries(store, rankings),
         precision=precision,
         tail_patch=tail_patch,
+        comparisons=compare(summaries, seed=store.run["run"]["seed"]),
         notes=notes,
     )
 
@@ -139,12 +158,13 @@ def _weights(store: FeatureStore, name: str) -> WeightVector:
     return WeightVector(name=name, weights=read_weights(store, name).tolist())
 
 
-def _facts(store: FeatureStore, found: Mapping[str, Any], ranking: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(
+    store: FeatureStore, found: Mapping[str, Any], ranking: Mapping[str, Any], kernel: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     run, contract = store.run, store.contract
     sets = {row["name"]: row for row in found["feature_sets"]}
     train = sets["train"]
     projection = {key: value for key, value in contract["projection"].items() if key != "seed"}
-    contributions = next(row for row in found["contributions"] if row["kernel"] == ranking["kernel"])
     facts = [
         ("model", Path(run["model"]["source"]).name or run["model"]["source"]),
         (
@@ -160,7 +180,7 @@ def _facts(store: FeatureStore, found: Mapping[str, Any], ranking: Mapping[str, 
         ),
         ("groups", f"{train['groups']:,} groups, {train['features']:,} features an example"),
         ("projection", _settings(projection)),
-        ("kernel", _settings(contributions["kernel_settings"])),
+        ("kernel", _settings(kernel)),
         ("precision", f"{contract['model']['precision']}, features stored in {train['dtype']}"),
         ("seed", str(run["run"]["seed"])),
     ]

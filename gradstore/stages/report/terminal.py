@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradstore.stages.report.data import QueryReport, ReportData, WeightVector
-from gradstore.stages.report.formatting import TIMES, Scale, one_line, ranking_title, signed
+from gradstore.stages.report.formatting import TIMES, Scale, one_line, ranking_title, sentence, signed
 from gradstore.stages.report.layers import Layout, lay_out
 
 NUM_QUERIES = 3
@@ -18,7 +18,7 @@ NUM_GROUPS = 5
 
 
 def render_tables(data: ReportData) -> list[RenderableType]:
-    """Tables of precision, tail-patch, the heaviest groups, and the first queries' strongest proponents.
+    """Tables of precision, tail-patch, what both say of the weights, the heaviest groups, and the first proponents.
 
     Texts of the store reach the terminal without control characters and without being read as rich's markup.
     """
@@ -28,6 +28,7 @@ def render_tables(data: ReportData) -> list[RenderableType]:
         tables.append(_precision(data))
     if data.tail_patch:
         tables.append(_tail_patch(data))
+    tables += [Text(one_line(sentence(comparison), 400)) for comparison in data.comparisons]
     tables += [_heaviest(vector, layout) for vector in data.weights]
     tables += [_proponents(number, query) for number, query in enumerate(data.queries[:NUM_QUERIES], start=1)]
     tables += [Text(one_line(note, 400), style="dim") for note in data.notes]

@@ -125,6 +125,7 @@ def _patch(
         measured[by_name[name]] = {
             **spec.score.tail_patch.model_dump(),
             "queries": len(changes),
+            "rows": [*queries],
             "percent": changes,
             "mean": interval.mean,
             "low": interval.low,
@@ -135,19 +136,23 @@ def _patch(
 
 def _precision(
     ranked: Ranked, train_labels: Sequence[str | None], query_labels: Mapping[int, str | None], *, among: np.ndarray
-) -> dict[str, float | None]:
-    """Label precision@10, mean over those queries that have a label, and what chance gives; None without labels."""
+) -> dict[str, Any]:
+    """Label precision@10 of those queries that have a label, their mean, and what chance gives; None without labels."""
     from gradstore.numerics.metrics import chance_precision, precision_at_k
 
     labelled = [(query, label) for query, label in query_labels.items() if label is not None]
     if not labelled or ranked.rows.shape[1] < PRECISION_K:
-        return {"precision_at_10": None, "chance": None}
+        return {"precision_at_10": None, "chance": None, "precisions": None}
     precisions = [
         precision_at_k([train_labels[row] for row in ranked.rows[query]], label, k=PRECISION_K)
         for query, label in labelled
     ]
     chance = chance_precision([train_labels[row] for row in among], [label for _, label in labelled])
-    return {"precision_at_10": float(np.mean(precisions)), "chance": chance}
+    return {
+        "precision_at_10": float(np.mean(precisions)),
+        "chance": chance,
+        "precisions": {"rows": [query for query, _ in labelled], "values": precisions},
+    }
 
 
 def _labels(feature_set: FeatureSet) -> list[str | None]:
