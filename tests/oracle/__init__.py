@@ -31,6 +31,7 @@ from tests.oracle.features import (
 )
 from tests.oracle.learning import (
     closed_form,
+    full_batch,
     judged,
     learn,
     linear_datamodeling_scores,
@@ -48,6 +49,7 @@ __all__ = [
     "contributions",
     "das",
     "diffusion_output",
+    "full_batch",
     "full_contributions",
     "full_kernel_products",
     "full_self_influence",

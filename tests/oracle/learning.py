@@ -83,6 +83,34 @@ def learn(
     return torch.softmax(parameter.detach(), 0).numpy(), losses
 
 
+def full_batch(
+    c: Array,
+    raw: Array,
+    k: int,
+    weight_decay: float,
+    *,
+    square: bool = False,
+    objective: str = "top",
+    positives: Sequence[Sequence[int]] | None = None,
+) -> float:
+    """All queries' losses over the size of those of uniform weights, and the decay times half the variance of log w."""
+
+    def losses(at: Array) -> float:
+        total = 0.0
+        for query, c_nm in enumerate(c.astype(np.float64)):
+            given = () if positives is None else positives[query]
+            if c_nm.any() and (positives is None or len(given)):
+                value = loss(
+                    torch.tensor(c_nm), torch.tensor(at), k, square=square, objective=objective, positives=given
+                )
+                total += value.item()
+        return total
+
+    middle = math.fsum(raw) / len(raw)
+    variance = math.fsum((value - middle) ** 2 for value in raw) / len(raw)
+    return losses(raw) / (abs(losses(np.zeros(len(raw)))) or 1.0) + weight_decay / 2 * variance
+
+
 def closed_form(c: Array, k: int, *, square: bool = False) -> Array:
     """Of every group max(0, mean of the top k rows) over the mean square, each query divided by its norm; sums to 1."""
     groups = c.shape[2]

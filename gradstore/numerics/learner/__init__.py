@@ -18,8 +18,10 @@ from gradstore.numerics.learner.algorithm import (
     visit_order,
     visit_query,
 )
-from gradstore.numerics.learner.certified import Certificate, Certification, CertifiedWeights, learn_certified
+from gradstore.numerics.learner.certificate import Certificate
+from gradstore.numerics.learner.certified import Certification, CertifiedWeights, learn_certified
 from gradstore.numerics.learner.closed_form import closed_form_weights
+from gradstore.numerics.learner.full_batch import FullBatch, FullBatchSettings, FullBatchWeights, learn_full_batch
 from gradstore.numerics.learner.judging import gain, judge
 from gradstore.numerics.learner.kept import KeptRows, Piece, best_rows
 from gradstore.numerics.learner.noise import deviations, noisy, with_noise
@@ -32,6 +34,9 @@ __all__ = [
     "Certification",
     "CertifiedWeights",
     "Descent",
+    "FullBatch",
+    "FullBatchSettings",
+    "FullBatchWeights",
     "KeptRows",
     "LearnedWeights",
     "LearnerSettings",
@@ -46,6 +51,7 @@ __all__ = [
     "initial_weights",
     "judge",
     "learn_certified",
+    "learn_full_batch",
     "learn_weights",
     "loss_and_gradient",
     "noisy",

@@ -104,7 +104,7 @@ def learn_weights(
         If C holds NaN or infinite values.
     """
     refuse_no_query(num_queries)
-    wanted = given_positives([settings], positives, num_queries)
+    wanted = given_positives([settings.objective], positives, num_queries)
     descent = Descent(num_queries=num_queries, num_groups=num_groups, settings=settings)
     visits = visit_order(num_queries, settings)
     losses, weights_per_epoch = [], []

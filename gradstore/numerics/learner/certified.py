@@ -12,53 +12,20 @@ rounding of float32 products, about 1e-7 of it, and so have response and norm; w
 ||S|| is much smaller than sum_j w_j ||C_j||, it weighs more by the square of their ratio.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from gradstore.errors import DataError
-from gradstore.numerics.learner.algorithm import LearnedWeights, refuse_k_above, refuse_no_query, refuse_non_finite
+from gradstore.numerics.learner.algorithm import LearnedWeights, refuse_no_query
+from gradstore.numerics.learner.certificate import Certificate, certify
 from gradstore.numerics.learner.kept import KeptRows, Piece
-from gradstore.numerics.learner.positives import given_positives, refuse_missing
+from gradstore.numerics.learner.positives import given_positives
 from gradstore.numerics.learner.settings import ENDS, LearnerSettings
 from gradstore.numerics.learner.trajectory import Trajectory, run_visits
-from gradstore.numerics.learner.verification import Verification
 
-# Q queries, M groups, K rows of a query.
-
-# Norms by A_q and by float32 scores differ by less, if A_q is of this C and no cancellation spoils it.
-NORM_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """What it took until every visit of a setting had its true top k.
-
-    Attributes
-    ----------
-    reads
-        Reads of C.
-    added
-        Rows that each read added, over all queries and settings: 0 by the last unless others went on.
-    kept_rows
-        Rows kept at the end of the query that has most.
-    kept_bytes
-        Bytes of all rows kept at the end.
-    ties
-        Visits at which another row was as good as the k-th, to 1e-12 sum_j w_j |C_j|.
-    norm_error
-        Largest relative difference at any visit between ||S|| by A_q and by the scores that were read, beyond what these may
-        lose in float32: next to 0 where A_q is of this C and exact.
-    """
-
-    reads: int
-    added: tuple[int, ...]
-    kept_rows: int
-    kept_bytes: int
-    ties: int
-    norm_error: float
+# Q queries, M groups.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,74 +90,27 @@ def learn_certified(
     """
     num_queries, num_groups, _ = second_moments_QMM.shape
     refuse_no_query(num_queries)
-    wanted = given_positives(settings, positives, num_queries)
-    _refuse_non_finite_guess(second_moments_QMM, kept, read)
-    pending = {
+    wanted = given_positives([each.objective for each in settings], positives, num_queries)
+    trajectories = {
         place: Trajectory(each, num_queries=num_queries, num_groups=num_groups, positives=wanted)
         for place, each in enumerate(settings)
         if -1 not in ENDS[each.objective]
     }
-    message = "its objective {!r} asks for the lowest scores too, and reads are verified for the highest"
-    others = {
-        place: message.format(settings[place].objective) for place in range(len(settings)) if place not in pending
-    }
-    outcome = Certification(certified={}, uncertified=others)
-    missing = [rows_K[~kept.holds(query, rows_K)] for query, rows_K in enumerate(wanted or [])]
-    full = kept.num_bytes + sum(map(len, missing)) * kept.row_bytes > limit_bytes
-    added = [] if full else _fetched(kept, missing, read)
-    while pending and not full:
+
+    def run(pending: Mapping[int, Trajectory]) -> None:
         for together in _by_order(list(pending.values())):
             run_visits(together, second_moments_QMM, kept)
-        verification = Verification(list(pending.values()), second_moments_QMM, kept=kept, limit_bytes=limit_bytes)
-        for first, rows_N, c_QNM in read():
-            verification.offer(first, rows_N, c_QNM)
-        ranked = [trajectory.settings.k for trajectory in pending.values() if ENDS[trajectory.settings.objective]]
-        refuse_k_above(int(verification.rows_Q.min()), max(ranked, default=0))
-        added.append(verification.finish())
-        full = verification.full
-        for place, trajectory in list(pending.items()):
-            if _is_decided(place, trajectory, outcome, kept=kept, added=added):
-                del pending[place]
-    message = f"it needs more rows than {limit_bytes} bytes hold, which is the limit of kept rows; {len(added)} reads were made"
-    outcome.uncertified.update(dict.fromkeys(pending, message))
-    return outcome
 
-
-def _fetched(
-    kept: KeptRows, missing: Sequence[Int64[np.ndarray, " _"]], read: Callable[[], Iterable[Piece]]
-) -> list[int]:
-    """Keep rows that are missing; how many the reads that it took have added."""
-    if not any(map(len, missing)):
-        return []
-    kept.fetch(read, missing)
-    for query, rows_K in enumerate(missing):
-        refuse_missing(rows_K[~kept.holds(query, rows_K)], query)
-    return [sum(map(len, missing))]
-
-
-def _is_decided(
-    place: int, trajectory: Trajectory, outcome: Certification, *, kept: KeptRows, added: list[int]
-) -> bool:
-    """Whether a setting needs no further read, after its outcome was filled in."""
-    error = float(trajectory.norm_errors_T[: trajectory.settled].max(initial=0))
-    if not error <= NORM_TOLERANCE:
-        outcome.uncertified[place] = (
-            f"||S|| by the second moments A_q differs from that of the scores by {error:.2g} of it, above {NORM_TOLERANCE:.2g}: "
-            "either they are not of this C, or the scores of its groups cancel"
-        )
-        return True
-    if trajectory.settled < len(trajectory.visits):
-        return False
-    certificate = Certificate(
-        reads=len(added),
-        added=tuple(added),
-        kept_rows=kept.most,
-        kept_bytes=kept.num_bytes,
-        ties=int(trajectory.tied_T.sum()),
-        norm_error=error,
+    verdict = certify(
+        trajectories, run, read, second_moments_QMM=second_moments_QMM, kept=kept, limit_bytes=limit_bytes
     )
-    outcome.certified[place] = CertifiedWeights(learned=trajectory.learned(), certificate=certificate)
-    return True
+    message = "its objective {!r} asks for the lowest scores too, and reads are verified for the highest"
+    others = {place: message.format(each.objective) for place, each in enumerate(settings) if place not in trajectories}
+    certified = {
+        place: CertifiedWeights(learned=trajectories[place].learned(), certificate=certificate)
+        for place, certificate in verdict.certificates.items()
+    }
+    return Certification(certified=certified, uncertified=others | verdict.reasons)
 
 
 def _by_order(trajectories: list[Trajectory]) -> list[list[Trajectory]]:
@@ -200,19 +120,3 @@ def _by_order(trajectories: list[Trajectory]) -> list[list[Trajectory]]:
         settings = trajectory.settings
         together.setdefault((settings.seed, settings.epochs, settings.tile), []).append(trajectory)
     return list(together.values())
-
-
-def _refuse_non_finite_guess(
-    second_moments_QMM: Float64[np.ndarray, "Q M M"], kept: KeptRows, read: Callable[[], Iterable[Piece]]
-) -> None:
-    """Where no run can start because A_q or kept rows are not finite, find the contribution that is to blame."""
-    good = np.isfinite(second_moments_QMM).all() and all(np.isfinite(kept.c(query)).all() for query in range(len(kept)))
-    if good:
-        return
-    for first, rows_N, c_QNM in read():
-        for query, c_NM in enumerate(c_QNM, first):
-            refuse_non_finite(c_NM, query, rows_N)
-    raise DataError(
-        "second moments or kept rows hold NaN or infinite values, though the contributions do not: they are not of these "
-        "contributions. Make them anew."
-    )

@@ -6,11 +6,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from gradstore.errors import SpecError
-from gradstore.numerics.learner.settings import LearnerSettings
+from gradstore.numerics.learner.settings import Objective
 
 
 def given_positives(
-    settings: Sequence[LearnerSettings], positives: Sequence[Int64[np.ndarray, " _"]] | None, num_queries: int
+    objectives: Sequence[Objective], positives: Sequence[Int64[np.ndarray, " _"]] | None, num_queries: int
 ) -> list[Int64[np.ndarray, " K"]] | None:
     """Rows that are to score best for each query, ascending and each once; None where the objective is another.
 
@@ -19,7 +19,7 @@ def given_positives(
     SpecError
         If there are none where some setting needs them, or some where none does.
     """
-    needed = any(each.objective == "pairs" for each in settings)
+    needed = "pairs" in objectives
     if positives is None:
         if needed:
             raise SpecError(
@@ -28,7 +28,7 @@ def given_positives(
         return None
     if not needed:
         raise SpecError(
-            f"learn.pairs: found pairs, for learn.objective = {settings[0].objective!r}, which has no use for them; "
+            f"learn.pairs: found pairs, for learn.objective = {objectives[0]!r}, which has no use for them; "
             'accepted: none, or learn.objective = "pairs".'
         )
     assert len(positives) == num_queries, f"positives of {len(positives)} queries, where there are {num_queries}"

@@ -109,23 +109,40 @@ def run_visits(
         Descent(num_queries=num_queries, num_groups=num_groups, settings=trajectory.settings)
         for trajectory in trajectories
     ]
-    for step, (_, query) in enumerate(trajectories[0].visits):
+    for step in range(len(trajectories[0].visits)):
         weights_SM = np.stack([descent.weights for descent in descents])
-        # One by one: a replay must give the same bits, whatever settings run beside.
-        response_SM = np.stack([second_moments_QMM[query] @ weights_M for weights_M in weights_SM])
-        norm_S = np.sqrt(np.maximum(0, np.vecdot(weights_SM, response_SM)))
-        for trajectory, weights_M, norm in zip(trajectories, weights_SM, norm_S, strict=True):
-            trajectory.weights_TM[step] = weights_M
-            trajectory.norms_T[step] = norm
-        _choose_top([trajectory for trajectory in trajectories if trajectory.settled <= step], step, kept, query)
-        for trajectory, descent, response_M in zip(trajectories, descents, response_SM, strict=True):
-            raised = trajectory.positives is None or len(trajectory.positives[query])
-            visit = (
-                Visit(trajectory.top_means_TM[step], response_M, float(trajectory.norms_T[step])) if raised else None
-            )
+        visits = meet(trajectories, weights_SM, step, second_moments_QMM, kept)
+        for trajectory, descent, visit in zip(trajectories, descents, visits, strict=True):
             trajectory.losses_T[step] = descent.step(visit)
     for trajectory, descent in zip(trajectories, descents, strict=True):
         trajectory.weights_TM[-1] = descent.weights
+
+
+def meet(
+    trajectories: Sequence[Trajectory],
+    weights_SM: Float64[np.ndarray, "S M"],
+    step: int,
+    second_moments_QMM: Float64[np.ndarray, "Q M M"],
+    kept: KeptRows,
+) -> list[Visit | None]:
+    """Make one visit of each setting at its weights, on the kept rows; None where the query has no row to be raised.
+
+    Settings have visits to the same query here. A visit that is settled is not chosen for anew: its weights are the same.
+    """
+    _, query = trajectories[0].visits[step]
+    # One by one: a replay must give the same bits, whatever settings run beside.
+    response_SM = np.stack([second_moments_QMM[query] @ weights_M for weights_M in weights_SM])
+    norm_S = np.sqrt(np.maximum(0, np.vecdot(weights_SM, response_SM)))
+    for trajectory, weights_M, norm in zip(trajectories, weights_SM, norm_S, strict=True):
+        trajectory.weights_TM[step] = weights_M
+        trajectory.norms_T[step] = norm
+    _choose_top([trajectory for trajectory in trajectories if trajectory.settled <= step], step, kept, query)
+    return [
+        Visit(trajectory.top_means_TM[step], response_M, float(norm))
+        if trajectory.positives is None or len(trajectory.positives[query])
+        else None
+        for trajectory, response_M, norm in zip(trajectories, response_SM, norm_S, strict=True)
+    ]
 
 
 def _choose_top(trajectories: list[Trajectory], step: int, kept: KeptRows, query: int) -> None:
