@@ -20,7 +20,7 @@ from gradstore.adapters.text.records import resolve_form
 from gradstore.adapters.text.splits import split_examples
 from gradstore.adapters.text.tokenizer import TextTokenizer
 from gradstore.errors import SpecError
-from gradstore.spec import DataSection, ModelSection, content_hash
+from gradstore.spec import SPLITS, DataSection, ModelSection, content_hash, key_of
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class CausalLM:
             raise SpecError(f"model.{given}: causal_lm has no such key. Its weights are those of model.source.")
         for name, split in self.data.splits().items():
             if split.labels is not None:
-                raise SpecError(f"data.{name}.labels: causal_lm reads none; label names a column that is kept.")
-            resolve_form(split, f"data.{name}")
-            resolve_generation(split, f"data.{name}")
+                raise SpecError(f"{key_of(name)}.labels: causal_lm reads none; label names a column that is kept.")
+            resolve_form(split, key_of(name))
+            resolve_generation(split, key_of(name))
 
     def load(self, device: str) -> nn.Module:
         """Return the model in float32 and evaluation mode; on ``meta`` its shape, with no weights read.
@@ -120,7 +120,7 @@ class CausalLM:
         for name, split in self.data.splits().items():
             if context is not None and split.length > context:
                 raise SpecError(
-                    f"data.{name}.length: found {split.length:,}; {self.model.source} reads at most {context:,} tokens."
+                    f"{key_of(name)}.length: found {split.length:,}; {self.model.source} reads at most {context:,} tokens."
                 )
         tokenizer = self._tokenizer()
         writer = ModelWriter(load=self.load, end=tokenizer.tokenizer.eos_token_id, source=self.model.source)
@@ -163,8 +163,11 @@ class CausalLM:
             **({} if self.model.peft is None else {"peft": lora_identity(self.model.peft)}),
             "tokenizer": self._tokenizer().hash(),
             "output": OUTPUT,
+            # Aspects are cut as data.learn is, and may be added to a store.
             "truncation": {
-                name: {"packing": split.packing, "length": split.length} for name, split in self.data.splits().items()
+                name: {"packing": split.packing, "length": split.length}
+                for name, split in self.data.splits().items()
+                if name in SPLITS
             },
         }
 

@@ -15,7 +15,7 @@ from gradstore.adapters.models.modules import fill, is_function, make_module
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import DataError, SpecError
-from gradstore.spec import DataSection, ModelSection, content_hash, resolve_kind
+from gradstore.spec import DataSection, ModelSection, content_hash, key_of, resolve_kind
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ class ImageClassifier:
         for name, example in every:
             if (number := int(example.inputs[CLASS])) >= outputs:
                 raise DataError(
-                    f"data.{name}: the label of {example.example_id} is {number}, but {self.model.source} has {outputs:,} "
+                    f"{key_of(name)}: the label of {example.example_id} is {number}, but {self.model.source} has {outputs:,} "
                     "outputs, numbered from 0."
                 )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from gradstore.adapters.protocol import Examples, Facts, SourceFacts
 from gradstore.errors import SpecError
-from gradstore.spec import SPLITS, DataSection, ModelSection, SplitSection, resolve_kind
+from gradstore.spec import DataSection, ModelSection, SplitSection, key_of, resolve_kind
 from gradstore.store.examples import Example, hash_inputs
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ class Synthetic:
             for key, field in SplitSection.model_fields.items():
                 if key not in ("source", "rows") and getattr(section, key) != field.default:
                     raise SpecError(
-                        f"data.{name}.{key}: found {getattr(section, key)!r}; a synthetic split has source and rows alone."
+                        f"{key_of(name)}.{key}: found {getattr(section, key)!r}; a synthetic split has source and rows alone."
                     )
             if section.rows is None:
-                raise SpecError(f"data.{name}.rows: is missing; a synthetic split has as many rows as it declares.")
+                raise SpecError(f"{key_of(name)}.rows: is missing; a synthetic split has as many rows as it declares.")
         _ = self._options
 
     def load(self, device: str) -> nn.Module:
@@ -123,7 +123,7 @@ class Synthetic:
         """
         positions = self._options.shape[1]
         splits: dict[str, list[Example]] = {}
-        for number, name in enumerate(SPLITS):
+        for number, name in enumerate(self.data.splits()):
             rows = splits.setdefault(name, [])
             for row, topic in enumerate(self.planted.topics[name].tolist()):
                 inputs = {"set": np.asarray(number, np.int64), "row": np.asarray(row, np.int64)}
@@ -168,11 +168,12 @@ class Synthetic:
     def output_gradients(self, group: int, places: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """D_t, in one group, of the examples whose places `places_of` found: float32 [B, r_o, positions]."""
         sets, rows = places
+        names = [*self.data.splits()]
         if (sets == sets[0]).all():
-            return self.planted.output_gradients(SPLITS[sets[0]], group, rows)
+            return self.planted.output_gradients(names[sets[0]], group, rows)
         found = np.empty((len(rows), *self._options.shape), np.float32)
         for number in np.unique(sets):
-            found[sets == number] = self.planted.output_gradients(SPLITS[number], group, rows[sets == number])
+            found[sets == number] = self.planted.output_gradients(names[number], group, rows[sets == number])
         return found
 
     def identity(self) -> dict[str, Any]:

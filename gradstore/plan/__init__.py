@@ -43,7 +43,7 @@ from gradstore.plan.sizes import (
     gigabytes,
 )
 from gradstore.plan.stages import stage_plans
-from gradstore.spec import SPLITS, RunSpec
+from gradstore.spec import RunSpec
 from gradstore.store.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     refuse_without_factors(spec, kernel, [group.name for group, sides in groups if not sides])
     refuse_without_covariances(spec, kernel)
     sizes = Sizes(spec, model, widths.stored, resolve_device(spec))
-    sets = {name: sizes.set_plan(name, *shapes[name]) for name in SPLITS}
+    sets = {name: sizes.set_plan(name, *shapes[name]) for name in spec.data.splits()}
     memory = TaskMemory(spec, model, widths)
     # Lengths are declared of texts, and of synthetic examples, which have none.
     texts = spec.model.adapter != "synthetic" if splits is None else any(example.text for example in splits["eval"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final
 
 from gradstore.plan.contribute import (
@@ -21,10 +22,9 @@ from gradstore.plan.full import full_options, full_sizes, route_of
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.routes import Route, route_memory
 from gradstore.plan.sizes import BLOCKS_PER_WORKER, ITEM_BYTES, SetPlan, StagePlan, Widths, query_tile, split
-from gradstore.spec import RunSpec
+from gradstore.spec import SPLITS, RunSpec
 from gradstore.store.artifacts import MomentsShape, QueryShape, span_edges
 
-QUERY_SETS: Final = ("learn", "eval")
 # Coefficients of a kernel across groups that are made at once, in float64.
 COEFFICIENT_TILE_BYTES: Final = 256 * 2**20
 _CHECKSUM_BYTES: Final = 4
@@ -38,30 +38,33 @@ class ContributePlan:
     ----------
     queries
         What is kept of the queries of every set.
-    targets
-        (set, queries written together) of everything that is built at once: of all sets, dampings and weights.
+    stacks
+        What is built at once, (set, queries written together) of each: queries of a stack are multiplied together. Every
+        kernel and choice of weights has one of learn and eval, and one of each aspect.
     columns
         Groups of C; 1 of scores.
-    stacks
-        Kernels, times choices of weights: queries of each are multiplied by themselves.
     parts
-        Parts that the queries of each are cut into.
+        Parts that the queries of each stack are cut into.
     passes
         Passes over the features, each for some of these parts.
     moments
-        What is summed for the learner under each damping; None if nothing is.
+        What is summed for the learner under each damping, by set; of none if nothing is.
     route
         The route of a kernel across groups; None of any other.
     """
 
     queries: Mapping[str, QueryShape]
-    targets: Sequence[tuple[str, int]]
+    stacks: Sequence[Sequence[tuple[str, int]]]
     columns: int
-    stacks: int
     parts: int
     passes: int
-    moments: MomentsShape | None
+    moments: Mapping[str, MomentsShape]
     route: Route | None
+
+    @property
+    def targets(self) -> Sequence[tuple[str, int]]:
+        """(set, queries written together) of all stacks."""
+        return [target for stack in self.stacks for target in stack]
 
     @property
     def rows(self) -> int:
@@ -71,18 +74,21 @@ class ContributePlan:
     @property
     def part_rows(self) -> int:
         """Most queries of one part, which are multiplied together: whole tiles."""
-        tiles = sum(math.ceil(self.queries[name].queries / tile) for name, tile in self.targets) // self.stacks
-        whole = math.ceil(tiles / self.parts) * max(tile for _, tile in self.targets)
-        return min(whole, self.rows // self.stacks)
+        return max(self._part_rows(stack) for stack in self.stacks)
 
     @property
     def pass_rows(self) -> int:
         """Most queries of one pass: some parts of them."""
-        return math.ceil(self.stacks * self.parts / self.passes) * self.part_rows
+        return min(self.rows, math.ceil(len(self.stacks) * self.parts / self.passes) * self.part_rows)
 
     def query_bytes(self, members: int) -> int:
         """Bytes that the queries of all targets take in a task."""
         return members * sum(_held_bytes(self.queries[name], self.columns) for name, _ in self.targets)
+
+    def _part_rows(self, stack: Sequence[tuple[str, int]]) -> int:
+        queries = [self.queries[name].queries for name, _ in stack]
+        tiles = sum(math.ceil(count / tile) for count, (_, tile) in zip(queries, stack, strict=True))
+        return min(math.ceil(tiles / self.parts) * max(tile for _, tile in stack), sum(queries))
 
 
 def plan_contribute(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan]) -> ContributePlan:
@@ -94,7 +100,7 @@ def plan_contribute(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan]) 
         If a worker has no memory for what is summed for the learner.
     """
     mode, train, groups = spec.contribute.mode, sets["train"], len(widths.full)
-    names = {"tensor": QUERY_SETS, "streamed": ("learn",), "scores": ("eval",)}[mode]
+    names = contributed_sets(spec)
     weights = len({None, spec.contribute.weights}) if mode == "scores" else 1
     queries = {name: _query_shape(spec, widths, sets[name].rows, train.rows) for name in names}
     dampings, memory = len(spec.sweep()), spec.cluster.worker_memory_bytes
@@ -104,23 +110,36 @@ def plan_contribute(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan]) 
         else query_tile((shape.queries, train.rows, groups), train.block_rows, spec.contribute.dtype)
         for name, shape in queries.items()
     }
-    targets = [(name, tiles[name]) for _ in range(dampings * weights) for name in names]
+    alike = [[(name, tiles[name]) for name in of] for _, of in groupby(names, key=stack_of)]
     columns, members = 1 if mode == "scores" else groups, len(spec.model.etas)
-    rows = sum(queries[name].queries for name, _ in targets)
-    stacks = dampings * weights
-    built = BUFFERS * 4 * rows * train.block_rows * columns // stacks
-    held = members * sum(_held_bytes(queries[name], columns) for name, _ in targets) // stacks
-    parts, passes = query_passes(held, built, memory, stacks)
+    rows = max(sum(queries[name].queries for name, _ in stack) for stack in alike)
+    built = BUFFERS * 4 * rows * train.block_rows * columns
+    held = members * max(sum(_held_bytes(queries[name], columns) for name, _ in stack) for stack in alike)
+    stacks = alike * (dampings * weights)
+    parts, passes = query_passes(held, built, memory, len(stacks))
     return ContributePlan(
         queries=queries,
-        targets=targets,
-        columns=columns,
         stacks=stacks,
+        columns=columns,
         parts=parts,
         passes=passes,
-        moments=_moments(spec, sets, groups) if mode != "scores" and spec.contribute.second_moments else None,
+        moments=_moments(spec, sets, groups) if mode != "scores" and spec.contribute.second_moments else {},
         route=route_of(spec, (train.rows, sum(widths.full)))[0] if resolve_kernel(spec).across_groups else None,
     )
+
+
+def contributed_sets(spec: RunSpec) -> tuple[str, ...]:
+    """The sets that contributions or scores are made of, in order."""
+    of_mode = {"tensor": spec.data.query_sets(), "streamed": spec.data.learn_sets(), "scores": ("eval",)}
+    return of_mode[spec.contribute.mode]
+
+
+def stack_of(set_name: str) -> str:
+    """What names the queries that those of a set are multiplied together with: learn and eval; of an aspect its own alone.
+
+    So what is built of the others has the same bits whatever aspects there are.
+    """
+    return "" if set_name in SPLITS else set_name
 
 
 def contribute_stage(spec: RunSpec, cut: ContributePlan, train: SetPlan, *, task_memory_bytes: int) -> StagePlan:
@@ -150,10 +169,12 @@ def contribute_stage(spec: RunSpec, cut: ContributePlan, train: SetPlan, *, task
             chunk = tile * train.block_rows * groups * ITEM_BYTES[spec.contribute.dtype] + _CHECKSUM_BYTES
             written += train.blocks * num_tiles * chunk + (4 * queries + _CHECKSUM_BYTES if half else 0)
     spans = _spans(spec, cut, train)
-    if cut.moments is not None:
-        made, taken = _moments_objects(cut.moments)
-        objects += 1 + dampings * (1 + made + (2 if half else 0))
-        written += dampings * (taken + (4 * cut.moments.queries + _CHECKSUM_BYTES if half else 0))
+    # zarr.json of moments, and of every kernel in it.
+    objects += 1 + dampings if cut.moments else 0
+    for moments in cut.moments.values():
+        made, taken = _moments_objects(moments)
+        objects += dampings * (made + (2 if half else 0))
+        written += dampings * (taken + (4 * moments.queries + _CHECKSUM_BYTES if half else 0))
     return StagePlan(
         name="contribute",
         tasks=_query_tasks(spec, cut, groups) + half + spans,
@@ -192,10 +213,10 @@ def span_bytes(spec: RunSpec, cut: ContributePlan, widths: Widths, train: SetPla
     at_once = cut.columns if across else min(cut.columns, GROUPS_AT_ONCE)
     portion = 4 * cut.part_rows * at_once * tile
     expanded = 4 * min(groups, GROUPS_AT_ONCE) * tile * max(widths.full) if widths.full != widths.stored else 0
-    summed = 0
-    if cut.moments is not None:
-        kept = 4 * cut.moments.queries * cut.moments.candidates * groups
-        summed = len(spec.sweep()) * (moments_bytes(cut.moments.queries, groups) + 2 * kept) + 4 * groups**2
+    summed = 4 * groups**2 if cut.moments else 0
+    for moments in cut.moments.values():
+        kept = 4 * moments.queries * moments.candidates * groups
+        summed += len(spec.sweep()) * (moments_bytes(moments.queries, groups) + 2 * kept)
     return queries + built + stored + portion + expanded + summed
 
 
@@ -249,20 +270,23 @@ def _query_objects(shape: QueryShape) -> tuple[int, int]:
     return objects, written
 
 
-def _moments(spec: RunSpec, sets: Mapping[str, SetPlan], groups: int) -> MomentsShape:
+def _moments(spec: RunSpec, sets: Mapping[str, SetPlan], groups: int) -> dict[str, MomentsShape]:
     from gradstore.numerics.moments import kept_rows
 
-    train, queries, dampings = sets["train"], sets["learn"].rows, len(spec.sweep())
-    refuse_moments(queries * dampings, groups, spec.cluster.worker_memory_bytes)
+    train, queries = sets["train"], {name: sets[name].rows for name in spec.data.learn_sets()}
+    refuse_moments(sum(queries.values()) * len(spec.sweep()), groups, spec.cluster.worker_memory_bytes)
     spans = split(range(train.blocks), num_spans(train.blocks, train.rows, groups))
     longest = max(min((span[-1] + 1) * train.block_rows, train.rows) - span[0] * train.block_rows for span in spans)
-    return MomentsShape(
-        queries=queries,
-        groups=tuple(str(number) for number in range(groups)),
-        spans=span_edges(spans),
-        candidates=min(kept_rows(spec.learn.k), longest),
-        dtype=spec.contribute.dtype,
-    )
+    return {
+        name: MomentsShape(
+            queries=count,
+            groups=tuple(str(number) for number in range(groups)),
+            spans=span_edges(spans),
+            candidates=min(kept_rows(spec.learn.k), longest),
+            dtype=spec.contribute.dtype,
+        )
+        for name, count in queries.items()
+    }
 
 
 def _moments_objects(shape: MomentsShape) -> tuple[int, int]:
@@ -292,6 +316,6 @@ def _query_tasks(spec: RunSpec, cut: ContributePlan, groups: int) -> int:
 
 
 def _spans(spec: RunSpec, cut: ContributePlan, train: SetPlan) -> int:
-    if cut.moments is not None:
-        return cut.moments.num_spans
+    if cut.moments:
+        return next(iter(cut.moments.values())).num_spans
     return num_spans(train.blocks, train.rows, len(next(iter(cut.queries.values())).groups))

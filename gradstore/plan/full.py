@@ -10,7 +10,7 @@ from gradstore.errors import ResourceError, SpecError
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.routes import Route, check_route, choose_route, num_parts, route_memory
 from gradstore.plan.sizes import BLOCKS_PER_WORKER, SetPlan, StagePlan, Widths, gigabytes
-from gradstore.spec import RunSpec
+from gradstore.spec import RunSpec, key_of
 
 if TYPE_CHECKING:
     from gradstore.numerics.kernel import Full
@@ -148,7 +148,7 @@ def refuse_coefficients(spec: RunSpec, set_name: str, sizes: tuple[int, int, int
         raise ResourceError(
             f'kernel.kind = "full": the coefficients of {set_name} ({sizes[0]:,} queries x {sizes[1]:,} groups x {sizes[2]:,} '
             f"coordinates) take {gigabytes(taken)}, more than half of the {gigabytes(memory)} of a worker. Lower "
-            f'data.{set_name}.rows, set kernel.route to "low_rank" with a lower kernel.rank, or raise cluster.memory_per_worker.'
+            f'{key_of(set_name)}.rows, set kernel.route to "low_rank" with a lower kernel.rank, or raise cluster.memory_per_worker.'
         )
 
 
@@ -157,7 +157,7 @@ def refuse_all_coefficients(spec: RunSpec, widths: Widths, sets: Mapping[str, Se
     shape = (sets["train"].rows, sum(widths.full))
     route, _ = route_of(spec, shape)
     _, coordinates = full_sizes(full_options(spec), route, shape)
-    for name in ("learn", "eval"):
+    for name in spec.data.query_sets():
         refuse_coefficients(spec, name, (sets[name].rows, len(widths.full), coordinates))
 
 

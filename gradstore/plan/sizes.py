@@ -287,7 +287,7 @@ def weightings(spec: RunSpec) -> int:
     """How many rankings a run makes under each kernel: unweighted, and by every weight vector."""
     if spec.contribute.mode == "scores":
         return 1 if spec.contribute.weights is None else 2
-    return 1 + len({spec.learn.name, *spec.score.weights})
+    return 1 + len({*(name for _, name in spec.learn_targets()), *spec.score.weights})
 
 
 def certifies(spec: RunSpec) -> bool:

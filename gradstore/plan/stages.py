@@ -122,20 +122,25 @@ def _kernel(spec: RunSpec, widths: Widths, train: SetPlan, memory: TaskMemory) -
 
 
 def _learn(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory) -> StagePlan:
-    """No task: C is read in the process that runs the command, under one damping after another.
+    """No task: C is read in the process that runs the command, of one damping and one set of queries after another.
 
     Weights of every epoch, and a row for every step.
     """
-    train, queries, kernels = sets["train"], sets["learn"], len(spec.sweep())
-    shape = queries.rows, train.rows, groups
-    tile = query_tile(shape, train.block_rows, spec.contribute.dtype) if certifies(spec) else learner_tile(shape)
+    train, learned, kernels = sets["train"], [sets[name] for name, _ in spec.learn_targets()], len(spec.sweep())
+
+    def client_bytes(queries: SetPlan) -> int:
+        shape = queries.rows, train.rows, groups
+        tile = query_tile(shape, train.block_rows, spec.contribute.dtype) if certifies(spec) else learner_tile(shape)
+        return memory.learn(train, queries, tile)
+
+    steps = spec.learn.epochs * sum(queries.rows for queries in learned)
     return StagePlan(
         name="learn",
         tasks=0,
-        objects=kernels * TABLE_OBJECTS,
-        written_bytes=kernels * (8 * groups * (spec.learn.epochs + 1) + 32 * spec.learn.epochs * queries.rows),
+        objects=kernels * len(learned) * TABLE_OBJECTS,
+        written_bytes=kernels * (8 * groups * (spec.learn.epochs + 1) * len(learned) + 32 * steps),
         task_memory_bytes=0,
-        client_memory_bytes=memory.learn(train, queries, tile),
+        client_memory_bytes=max(client_bytes(queries) for queries in learned),
     )
 
 

@@ -5,7 +5,7 @@ to the folder of run.toml, so that a pipeline's folder can be copied as a whole.
 """
 
 from gradstore.spec.cluster import ClusterSection
-from gradstore.spec.data import SPLITS, DataSection, SplitSection
+from gradstore.spec.data import SPLITS, DataSection, SplitSection, key_of, role_of
 from gradstore.spec.kinds import content_hash, differences, resolve_kind
 from gradstore.spec.reading import parse_spec, read_spec
 from gradstore.spec.sections import (
@@ -30,7 +30,9 @@ __all__ = [
     "SplitSection",
     "content_hash",
     "differences",
+    "key_of",
     "parse_spec",
     "read_spec",
     "resolve_kind",
+    "role_of",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from gradstore.errors import SpecError
-from gradstore.spec.data import DataSection, SplitSection
+from gradstore.spec.data import SPLITS, DataSection, SplitSection
 from gradstore.spec.sections import RunSpec
 
 T = TypeVar("T", bound=BaseModel)
@@ -60,7 +60,9 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     model = model.model_copy(update={"members": [resolved(member, *_MODEL_PATHS) for member in model.members]})
     if model.config is not None:
         model = model.model_copy(update={"config": str(folder / model.config)})
-    splits = {name: resolved(split, "source", "labels") for name, split in spec.data.splits().items()}
+    data = spec.data
+    splits = {name: resolved(data.splits()[name], "source", "labels") for name in SPLITS}
+    aspects = {name: resolved(split, "source", "labels") for name, split in data.aspects.items()}
     store = spec.run.store
     if "://" not in store:
         # Workers run in folders of their own, so they are told the whole path.
@@ -69,7 +71,7 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
         update={
             "run": spec.run.model_copy(update={"store": store}),
             "model": model,
-            "data": spec.data.model_copy(update=splits),
+            "data": data.model_copy(update={**splits, "aspects": aspects}),
         }
     )
 
@@ -89,9 +91,13 @@ def explain(problem: Any, model: type[BaseModel] | None, prefix: str = "") -> st
 
 def _keys_beside(model: type[BaseModel], path: list[str]) -> list[str]:
     current: type[BaseModel] = model
-    for part in path[:-1]:
+    parts = iter(path[:-1])
+    for part in parts:
         field = current.model_fields.get(part)
         annotation = field.annotation if field else None
+        if get_origin(annotation) is dict:
+            # Of tables that the user names, such as aspects, the name comes next.
+            annotation = get_args(annotation)[1] if next(parts, None) is not None else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             break
         current = annotation

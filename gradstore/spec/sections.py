@@ -11,10 +11,8 @@ from gradstore.errors import SpecError
 from gradstore.spec.cluster import ClusterSection
 from gradstore.spec.data import DataSection
 from gradstore.spec.quantities import parse_bytes
-from gradstore.spec.section import Section
+from gradstore.spec.section import NAME, Section
 
-# Names of kernels and weights: "<kernel>.<weights>" names their scores, so neither has a dot.
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 LONE_MEMBER = "m0"
 # The mean of all members; none of them has a dot in its name.
 MEAN_MEMBER = "members.mean"
@@ -223,7 +221,7 @@ class TailPatchSection(Section):
 
 
 class ScoreSection(Section):
-    """[score]: how many proponents and opponents are kept per query, and what they are compared with."""
+    """[score]: how many proponents and opponents are kept per query, whether all scores are, and what they are compared with."""
 
     k: int = Field(default=10, ge=1)
     weights: list[Annotated[str, Field(pattern=NAME)]] = Field(default_factory=list)
@@ -277,3 +275,7 @@ class RunSpec(Section):
             )
             for suffix, kernel in self.kernel.suffixes().items()
         ]
+
+    def learn_targets(self) -> list[tuple[str, str]]:
+        """Return what is learned: from which set of queries, and the name of the weights, those of an aspect ending in its own."""
+        return [(name, self.learn.name + name.removeprefix("learn")) for name in self.data.learn_sets()]

@@ -40,7 +40,8 @@ def stages_of(spec: RunSpec) -> tuple[Stage, ...]:
     # Before work starts: else this is told hours later, when the stage begins that uses them.
     if learn in stages:
         refuse_other_weights(spec, open_storage(spec.run.store))
-    learned = {swept.learn.name for swept in spec.sweep()} if learn in stages else set()
+    targets = [target for swept in spec.sweep() for target in swept.learn_targets()] if learn in stages else []
+    learned = {name for _, name in targets}
     asked = [*spec.score.weights, *filter(None, [spec.contribute.weights])]
     given = set(asked) - learned
     for name in sorted(given):

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import SpecError
-from gradstore.spec.sections import NAME
+from gradstore.spec.section import NAME
 from gradstore.stages.weights import UNWEIGHTED, open_weights, refuse_strange_groups, weight_by_group
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.features import FeatureStore

@@ -21,7 +21,7 @@ from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
 from gradstore.adapters.models.modules import fill, is_function, make_module
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import SpecError
-from gradstore.spec import DataSection, ModelSection, content_hash, resolve_kind
+from gradstore.spec import DataSection, ModelSection, content_hash, key_of, resolve_kind
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Diffusion:
     that is; or a folder or hub id of diffusers. ``model.weights`` is a file of weights, read as tensors only, for either.
     Of a function the schedule is told in [model.options], of diffusers it is the saved one.
 
-    Images are those of data.*; of data.learn and data.eval a table ``generate`` has the model make them. Where that keeps
+    Images are those of data.*; of all but data.train a table ``generate`` has the model make them. Where that keeps
     the trajectory, such an image is seen in the noisy images that its sampling went through (Journey-TRAK, arXiv
     2506.05647, eq. 15), at the timesteps that are listed or at all, and not in copies that are noised anew.
     """
@@ -185,7 +185,7 @@ class Diffusion:
         """
         found: dict[str, Sampling] = {}
         for name, split in self.data.splits().items():
-            sampling = resolve_sampling(split, f"data.{name}", self._schedule.steps)
+            sampling = resolve_sampling(split, key_of(name), self._schedule.steps)
             if sampling is None:
                 continue
             found[name] = sampling
@@ -193,7 +193,7 @@ class Diffusion:
             passed = evenly_spaced(sampling.steps, self._schedule.steps)
             if sampling.trajectory and isinstance(listed, list) and (missed := [t for t in listed if t not in passed]):
                 raise SpecError(
-                    f"model.options.timesteps: found {missed[0]}; the trajectory of data.{name}.generate with steps = "
+                    f"model.options.timesteps: found {missed[0]}; the trajectory of {key_of(name)}.generate with steps = "
                     f"{sampling.steps} goes through {', '.join(map(str, passed[:10]))}{', ...' if len(passed) > 10 else ''}."
                 )
         return found

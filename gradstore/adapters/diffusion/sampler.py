@@ -98,7 +98,7 @@ def resolve_sampling(split: SplitSection, key: str, steps: int) -> Sampling | No
         return None
     sampling = resolve_kind({"generate": Sampling}, "generate", split.generate, f"{key}.generate")
     if key == "data.train":
-        raise SpecError(f"{key}.generate: training examples cannot be generated; only data.learn and data.eval can.")
+        raise SpecError(f"{key}.generate: training examples cannot be generated; only queries can.")
     if not 1 <= sampling.steps <= steps:
         raise SpecError(
             f"{key}.generate.steps: found {sampling.steps}; accepted: 1 to {steps:,}, the timesteps of the model."

@@ -12,7 +12,7 @@ from gradstore.adapters.diffusion.sampler import Sample, Sampling, classes_in_tu
 from gradstore.adapters.images.classes import Classes
 from gradstore.adapters.images.splits import CLASS, IMAGE, PIXELS_PER_TOKEN
 from gradstore.errors import DataError
-from gradstore.spec import SplitSection
+from gradstore.spec import SplitSection, key_of, role_of
 from gradstore.store.examples import Example, hash_inputs
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def sampled_split(
     turns: list[int] | None = None
     if classes is not None:
         found = [int(example.inputs[CLASS]) for example in train]
-        turns = classes_in_turn(wanted.sampling, found, classes, f"data.{wanted.name}")
+        turns = classes_in_turn(wanted.sampling, found, classes, key_of(wanted.name))
 
     def chosen(number: int) -> int | None:
         return None if turns is None else turns[number % len(turns)]
@@ -114,8 +114,8 @@ def refuse_equal_samples(made: Mapping[str, Sequence[Example]]) -> None:
         for example in examples:
             digest = hash_inputs({IMAGE: example.inputs[IMAGE]})
             other, its_sample = seen.setdefault(digest, (name, example.example_id))
-            if other != name:
+            if role_of(other) != role_of(name):
                 raise DataError(
-                    f"data.{name}: {example.example_id} has the pixels of {its_sample} in data.{other}. The splits must not "
-                    f"overlap: give data.{name} another generate.seed, or both the same source, whose samples they share out."
+                    f"{key_of(name)}: {example.example_id} has the pixels of {its_sample} in {key_of(other)}. The splits must not "
+                    f"overlap: give {key_of(name)} another generate.seed, or both the same source, whose samples they share out."
                 )

@@ -1,1 +1,1 @@
-"""Images: from the files and arrays of a source to pixels and classes, and the examples of the three splits."""
+"""Images: from the files and arrays of a source to pixels and classes, and the examples of the splits."""

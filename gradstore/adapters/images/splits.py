@@ -1,4 +1,4 @@
-"""From labelled images to the examples of the three splits: each takes its rows of a source, and no image is in two."""
+"""From labelled images to the examples of the splits: each takes its rows of a source, and no image is in two roles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradstore.adapters.images.pixels import Preparation
 from gradstore.adapters.images.sources import open_images
 from gradstore.adapters.protocol import Examples, Facts, SourceFacts
 from gradstore.errors import DataError, SpecError
-from gradstore.spec import DataSection
+from gradstore.spec import SPLITS, DataSection, key_of, role_of
 from gradstore.store.examples import Example, hash_inputs
 
 IMAGE: Final = "image"
@@ -55,16 +55,20 @@ class Labelled:
         splits = {names[0]: names for names in origins.values()}
         for names in splits.values():
             _refuse_different_reading(data, names)
-        sources = {first: open_images(data.splits()[first], f"data.{first}") for first in splits}
+        sources = {first: open_images(data.splits()[first], key_of(first)) for first in splits}
         entries = {first: source.entries() for first, source in sources.items()}
         for first, listed in entries.items():
-            _refuse_equal_ids(f"data.{first}", listed)
+            _refuse_equal_ids(key_of(first), listed)
         return cls(data=data, sources=sources, entries=entries, splits=splits)
 
     def classes(self, *, declared: Sequence[str] | None, learned: Sequence[str] | None) -> Classes:
-        """Return the order of the classes; see `resolve_classes`."""
-        written = {f"data.{first}": source.names for first, source in self.sources.items()}
-        return resolve_classes([*self.entries.values()], written, declared=declared, learned=learned)
+        """Return the order of the classes; see `resolve_classes`.
+
+        It is in the feature contract, so that sources which aspects alone have take no part in it.
+        """
+        taken = [first for first in self.sources if first in SPLITS]
+        written = {key_of(first): self.sources[first].names for first in taken}
+        return resolve_classes([self.entries[first] for first in taken], written, declared=declared, learned=learned)
 
 
 def split_images(labelled: Labelled, classes: Classes | None, preparation: Preparation, seed: int) -> Examples:
@@ -78,7 +82,7 @@ def split_images(labelled: Labelled, classes: Classes | None, preparation: Prepa
     ------
     DataError
         If an image cannot be decoded or has no class, images differ in shape, a source has fewer images than declared, or
-        two splits hold the same image.
+        splits of two roles hold the same image.
     """
     data, ranges = labelled.data, labelled.data.ranges()
     examples: dict[str, list[Example]] = {}
@@ -86,7 +90,7 @@ def split_images(labelled: Labelled, classes: Classes | None, preparation: Prepa
     facts = []
     for first, names in labelled.splits.items():
         source = _Source(
-            key=f"data.{first}",
+            key=key_of(first),
             name=data.splits()[first].source,
             images=labelled.sources[first],
             entries=labelled.entries[first],
@@ -200,7 +204,7 @@ def _refuse_different_reading(data: DataSection, names: Sequence[str]) -> None:
             ours, theirs = getattr(data.splits()[other], option), getattr(data.splits()[first], option)
             if ours != theirs:
                 raise SpecError(
-                    f"data.{other}.{option}: found {ours!r}, but data.{first} of the same source has {theirs!r}. "
+                    f"{key_of(other)}.{option}: found {ours!r}, but {key_of(first)} of the same source has {theirs!r}. "
                     "Splits that share a source must read it alike."
                 )
 
@@ -219,8 +223,8 @@ def _refuse_too_few(name: str, bounds: tuple[int, int | None], found: int, taken
     start, stop = bounds
     if found < (1 if stop is None else stop - start):
         raise DataError(
-            f"data.{name}.rows: rows [{start:,}, {'end' if stop is None else f'{stop:,}'}) are declared, but there are "
-            f"{len(taken.examples):,}: {taken.facts.describe()}. data.{name} would get {found:,}. "
+            f"{key_of(name)}.rows: rows [{start:,}, {'end' if stop is None else f'{stop:,}'}) are declared, but there are "
+            f"{len(taken.examples):,}: {taken.facts.describe()}. {key_of(name)} would get {found:,}. "
             "Declare fewer rows, or give a larger source."
         )
 
@@ -240,13 +244,13 @@ def _refuse_different_shapes(splits: Mapping[str, Sequence[Example]]) -> None:
 def _refuse_overlap(
     data: DataSection, splits: Mapping[str, Sequence[Example]], digests: Mapping[str, Sequence[str]]
 ) -> None:
-    """The three splits have disjoint roles (docs/math.md): an image in two of them would attribute a query to itself."""
+    """Splits have disjoint roles (docs/math.md): an image in two of them would attribute a query to itself."""
     seen: dict[str, tuple[str, str]] = {}
     overlaps: list[tuple[str, str, str, str]] = []
     for name, examples in splits.items():
         for example, digest in zip(examples, digests[name], strict=True):
             other, its_image = seen.setdefault(digest, (name, example.example_id))
-            if other != name:
+            if role_of(other) != role_of(name):
                 overlaps.append((name, example.example_id, other, its_image))
     if overlaps:
         name, image, other, its_image = overlaps[0]
@@ -255,6 +259,6 @@ def _refuse_overlap(
         if sources[name] != sources[other]:
             advice = "take them out of one of the sources"
         raise DataError(
-            f"data.{name}: {image} of {sources[name]} has the pixels of {its_image} of {sources[other]} in "
-            f"data.{other}; there are {len(overlaps):,} such images. The splits must not overlap: {advice}."
+            f"{key_of(name)}: {image} of {sources[name]} has the pixels of {its_image} of {sources[other]} in "
+            f"{key_of(other)}; there are {len(overlaps):,} such images. The splits must not overlap: {advice}."
         )

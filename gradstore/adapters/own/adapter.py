@@ -16,7 +16,7 @@ from gradstore.adapters.models.modules import fill
 from gradstore.adapters.own.splits import MASK, split_own
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import SpecError
-from gradstore.spec import DataSection, ModelSection, SplitSection, content_hash, resolve_kind
+from gradstore.spec import DataSection, ModelSection, SplitSection, content_hash, key_of, resolve_kind
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class OwnAdapter:
             for key, field in SplitSection.model_fields.items():
                 if key not in _KEYS and getattr(section, key) != field.default:
                     raise SpecError(
-                        f"data.{name}.{key}: found {getattr(section, key)!r}; an adapter of one's own reads its sources "
+                        f"{key_of(name)}.{key}: found {getattr(section, key)!r}; an adapter of one's own reads its sources "
                         f"itself, so accepted are {', '.join(_KEYS)}."
                     )
         self._arguments()
@@ -195,7 +195,7 @@ class OwnAdapter:
         """What the user's adapter yields, with each step into its code explained."""
 
         def explained(done: int) -> AbstractContextManager[None]:
-            return self._explained(f"examples({source!r}), for data.{split}, after {done:,} examples,")
+            return self._explained(f"examples({source!r}), for {key_of(split)}, after {done:,} examples,")
 
         with explained(0):
             given = iter(self._task.examples(source))

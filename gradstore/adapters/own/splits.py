@@ -1,4 +1,4 @@
-"""From what a user's own adapter yields to the examples of the three splits: each takes its rows of a source."""
+"""From what a user's own adapter yields to the examples of the splits: each takes its rows of a source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from gradstore.adapters.protocol import Examples, Facts, SourceFacts
 from gradstore.errors import DataError
-from gradstore.spec import DataSection
+from gradstore.spec import DataSection, key_of, role_of
 from gradstore.store.examples import Example, hash_inputs
 
 MASK: Final = "_mask"
@@ -35,7 +35,7 @@ def split_own(data: DataSection, seed: int, name: str, read: Reader) -> Examples
     ------
     DataError
         If an example is not what a mapping of one has to be, inputs differ in type or shape, two examples have one id, a
-        source has fewer rows than declared, or two splits hold the same inputs.
+        source has fewer rows than declared, or splits of two roles hold the same inputs.
     """
     ranges, splits = data.ranges(), data.splits()
     sources: dict[str, list[str]] = {}
@@ -107,7 +107,7 @@ class _Source:
             counts["documents"] += 1
             if example.example_id in ids:
                 raise DataError(
-                    f"data.{self.split}: {self.function} names two examples of {self.source} {example.example_id!r}. Give "
+                    f"{key_of(self.split)}: {self.function} names two examples of {self.source} {example.example_id!r}. Give "
                     "each an id of its own, or none."
                 )
             ids.add(example.example_id)
@@ -118,7 +118,7 @@ class _Source:
             yield example
 
     def _example(self, given: Any, place: int) -> Example:
-        where = f"data.{self.split}: example {place} that {self.function} yields for {self.source}"
+        where = f"{key_of(self.split)}: example {place} that {self.function} yields for {self.source}"
         if not isinstance(given, Mapping) or "inputs" not in given:
             found = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
             raise DataError(
@@ -169,8 +169,8 @@ def _refuse_too_few(split: str, bounds: tuple[int, int | None], found: int, fact
     start, stop = bounds
     if found < (1 if stop is None else stop - start):
         raise DataError(
-            f"data.{split}.rows: rows [{start:,}, {'end' if stop is None else f'{stop:,}'}) are declared, but there are "
-            f"{facts.documents - facts.duplicates:,}: {facts.describe()}. data.{split} would get {found:,}. Declare fewer "
+            f"{key_of(split)}.rows: rows [{start:,}, {'end' if stop is None else f'{stop:,}'}) are declared, but there are "
+            f"{facts.documents - facts.duplicates:,}: {facts.describe()}. {key_of(split)} would get {found:,}. Declare fewer "
             "rows, or yield more examples."
         )
 
@@ -182,14 +182,14 @@ def _refuse_different_inputs(splits: Mapping[str, Sequence[Example]]) -> None:
         for example in examples:
             if example.inputs.keys() != first.inputs.keys():
                 raise DataError(
-                    f"data.{split}: {example.example_id} has the inputs {', '.join(sorted(example.inputs))}, "
+                    f"{key_of(split)}: {example.example_id} has the inputs {', '.join(sorted(example.inputs))}, "
                     f"{first.example_id} {', '.join(sorted(first.inputs))}. Every example has the same."
                 )
             for name, array in example.inputs.items():
                 ours, theirs = _form(array), _form(first.inputs[name])
                 if ours != theirs:
                     raise DataError(
-                        f"data.{split}: input {name!r} of {example.example_id} is {ours}, of {first.example_id} {theirs}. "
+                        f"{key_of(split)}: input {name!r} of {example.example_id} is {ours}, of {first.example_id} {theirs}. "
                         "Inputs of one name have one type and one shape, of which only the first dimension may vary."
                     )
 
@@ -199,13 +199,13 @@ def _form(array: np.ndarray) -> str:
 
 
 def _refuse_overlap(splits: Mapping[str, Sequence[Example]]) -> None:
-    """The three splits have disjoint roles (docs/math.md): an example in two of them would attribute a query to itself."""
+    """Splits have disjoint roles (docs/math.md): an example in two of them would attribute a query to itself."""
     seen: dict[str, tuple[str, Example]] = {}
     overlaps: list[tuple[str, Example, str, Example]] = []
     for split, examples in splits.items():
         for example in examples:
             other, theirs = seen.setdefault(example.content_hash, (split, example))
-            if other != split:
+            if role_of(other) != role_of(split):
                 overlaps.append((split, example, other, theirs))
     if overlaps:
         split, ours, other, theirs = overlaps[0]
@@ -213,6 +213,6 @@ def _refuse_overlap(splits: Mapping[str, Sequence[Example]]) -> None:
         if ours.source != theirs.source:
             advice = "leave them out of one of the sources"
         raise DataError(
-            f"data.{split}: {ours.example_id} of {ours.source} has the inputs of {theirs.example_id} of {theirs.source} in "
-            f"data.{other}; there are {len(overlaps):,} such examples. The splits must not overlap: {advice}."
+            f"{key_of(split)}: {ours.example_id} of {ours.source} has the inputs of {theirs.example_id} of {theirs.source} in "
+            f"{key_of(other)}; there are {len(overlaps):,} such examples. The splits must not overlap: {advice}."
         )

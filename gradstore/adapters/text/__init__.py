@@ -1,1 +1,1 @@
-"""Texts: from the documents of a source to rows of tokens, and the examples of the three splits."""
+"""Texts: from the documents of a source to rows of tokens, and the examples of the splits."""

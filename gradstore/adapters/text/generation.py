@@ -77,7 +77,7 @@ def resolve_generation(split: SplitSection, key: str) -> Generation | None:
     key = f"{key}.generate"
     generation = resolve_kind({"generate": Generation}, "generate", split.generate, key)
     if key.startswith("data.train."):
-        raise SpecError(f"{key}: training examples cannot be generated; only data.learn and data.eval can.")
+        raise SpecError(f"{key}: training examples cannot be generated; only queries can.")
     least = {"prompt_tokens": 1, "new_tokens": 1, "temperature": 0, "seed": 0}
     for name, bound in least.items():
         value = getattr(generation, name)

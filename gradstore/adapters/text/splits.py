@@ -1,4 +1,4 @@
-"""From documents to the examples of the three splits: each takes its rows of a source, and no document is in two."""
+"""From documents to the examples of the splits: each takes its rows of a source, and no document is in two roles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradstore.adapters.text.generation import Writer, generated_rows, resolve_g
 from gradstore.adapters.text.packing import Packer, Row
 from gradstore.adapters.text.records import resolve_form
 from gradstore.errors import DataError, SpecError
-from gradstore.spec import DataSection, SplitSection
+from gradstore.spec import SPLITS, DataSection, SplitSection, key_of, role_of
 from gradstore.store.examples import Example, hash_inputs
 
 _READING: Final = ("format", "encoding", "text", "prompt", "completion", "messages", "label", "id", "packing")
@@ -34,10 +34,10 @@ def split_examples(data: DataSection, seed: int, encoder: TextEncoder, writer: W
     SpecError
         If splits of one source do not read and cut it alike.
     DataError
-        If the source cannot be read, has fewer rows than declared, or two splits hold the same text.
+        If the source cannot be read, has fewer rows than declared, or splits of two roles hold the same text.
     """
     ranges, splits = data.ranges(), data.splits()
-    generations = {name: resolve_generation(split, f"data.{name}") for name, split in splits.items()}
+    generations = {name: resolve_generation(split, key_of(name)) for name, split in splits.items()}
     prompted = [name for name, generation in generations.items() if generation and generation.prompts == "train"]
     sources: dict[tuple[str | None, ...], list[str]] = {}
     for name, split in splits.items():
@@ -53,7 +53,7 @@ def split_examples(data: DataSection, seed: int, encoder: TextEncoder, writer: W
     rows |= {name: _rows_of_train(rows["train"], name, ranges[name]) for name in prompted}
     for name, generation in generations.items():
         if generation is not None:
-            rows[name] = list(generated_rows(rows[name], generation, splits[name].length, f"data.{name}", writer))
+            rows[name] = list(generated_rows(rows[name], generation, splits[name].length, key_of(name), writer))
     origins = {name: data.train.source if name in prompted else split.source for name, split in splits.items()}
     examples = {
         name: [_example(row, origins[name], split.length, encoder) for row in rows[name]]
@@ -128,7 +128,10 @@ class _Source:
         return packer.joined(
             end=encoder.end_token(f"{self._key()}.packing"),
             length=split.length,
-            boundaries=frozenset(row for bounds in self.ranges.values() for row in bounds if row is not None),
+            # Those of splits that every run has keep roles apart, and aspects that are added leave rows as they are.
+            boundaries=frozenset(
+                row for name in self.ranges if name in SPLITS for row in self.ranges[name] if row is not None
+            ),
         )
 
     def _common_split(self) -> SplitSection:
@@ -141,21 +144,21 @@ class _Source:
                 ours, theirs = getattr(splits[other], option), getattr(first, option)
                 if ours != theirs:
                     raise SpecError(
-                        f"data.{other}.{option}: found {ours!r}, but data.{name} of the same source has {theirs!r}. "
+                        f"{key_of(other)}.{option}: found {ours!r}, but {key_of(name)} of the same source has {theirs!r}. "
                         "Splits that share a source must read and cut it alike."
                     )
         return first
 
     def _key(self) -> str:
-        return f"data.{next(iter(self.ranges))}"
+        return key_of(next(iter(self.ranges)))
 
     def _refuse_too_few(self, taken: Mapping[str, list[Row]], available: int, facts: SourceFacts) -> None:
         for name, (start, stop) in self.ranges.items():
             declared = None if stop is None else stop - start
             if len(taken[name]) < (declared or 1):
                 raise DataError(
-                    f"data.{name}.rows: rows [{start:,}, {'end' if stop is None else f'{stop:,}'}) are declared, but "
-                    f"there are {available:,}: {facts.describe()}. data.{name} would get {len(taken[name]):,}. "
+                    f"{key_of(name)}.rows: rows [{start:,}, {'end' if stop is None else f'{stop:,}'}) are declared, but "
+                    f"there are {available:,}: {facts.describe()}. {key_of(name)} would get {len(taken[name]):,}. "
                     "Declare fewer rows, or give a larger source."
                 )
 
@@ -165,21 +168,21 @@ def _rows_of_train(rows: Sequence[Row], name: str, bounds: tuple[int, int | None
     assert stop is not None, "a split that is generated says how many rows it has"
     if stop > len(rows):
         raise DataError(
-            f"data.{name}.rows: prompts [{start:,}, {stop:,}) of data.train are declared, but it has {len(rows):,} rows. "
+            f"{key_of(name)}.rows: prompts [{start:,}, {stop:,}) of data.train are declared, but it has {len(rows):,} rows. "
             "Declare fewer."
         )
     return list(rows[start:stop])
 
 
 def _refuse_equal_ids(taken: Mapping[str, list[Row]], key: str, split: SplitSection) -> None:
-    seen: set[str] = set()
+    seen: dict[str, Row] = {}
     for row in (row for rows in taken.values() for row in rows):
-        if row.row_id in seen:
+        # Aspects may share rows.
+        if seen.setdefault(row.row_id, row) is not row:
             raise DataError(
                 f"{key}.id: {row.row_id!r} names two documents of {split.source} in column {split.id!r}. "
                 "Choose a column whose values differ, or leave id out."
             )
-        seen.add(row.row_id)
 
 
 def _refuse_overlap(
@@ -188,7 +191,7 @@ def _refuse_overlap(
     examples: Mapping[str, Sequence[Example]],
     prompted: Sequence[str],
 ) -> None:
-    """The three splits have disjoint roles (docs/math.md): a text in two of them would attribute a query to itself.
+    """Splits have disjoint roles (docs/math.md): a text in two of them would attribute a query to itself.
 
     Splits in ``prompted`` begin as training examples do, on purpose.
     """
@@ -201,7 +204,7 @@ def _refuse_overlap(
             keys: list[tuple[bytes | str, str]] = [*row.documents, (digest, example.example_id)]
             for key, document in keys:
                 other, its_document = seen.setdefault(key, (name, document))
-                if other != name and not (name in prompted and other == "train"):
+                if role_of(other) != role_of(name) and not (name in prompted and other == "train"):
                     overlaps.append((name, document, other, its_document))
                     break
     if overlaps:
@@ -210,8 +213,8 @@ def _refuse_overlap(
         if sources[name] != sources[other]:
             advice = "take them out of one of the sources"
         raise DataError(
-            f"data.{name}: {document} of {sources[name]} equals {its_document} of "
-            f"{sources[other]} in data.{other}, as far as it is read; there are {len(overlaps):,} such examples. "
+            f"{key_of(name)}: {document} of {sources[name]} equals {its_document} of "
+            f"{sources[other]} in {key_of(other)}, as far as it is read; there are {len(overlaps):,} such examples. "
             f"The splits must not overlap: {advice}."
         )
 

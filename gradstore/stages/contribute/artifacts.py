@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from gradstore.plan.contribute import BUFFERS, SCORE_TILE, num_spans, query_passes, refuse_moments
-from gradstore.plan.contributions import QUERY_SETS
+from gradstore.plan.contributions import contributed_sets
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.sizes import query_tile, split
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.outputs import score_name, wants_moments
-from gradstore.stages.contribute.queries import Target, in_group_shape
+from gradstore.stages.contribute.queries import Stack, Target, in_group_shape
 from gradstore.stages.contribute.settings import output_settings, query_settings
 from gradstore.store.artifacts import (
     ContributionArtifact,
@@ -35,15 +35,14 @@ Place = tuple[str, str]
 
 
 def targets_of(spec: RunSpec) -> list[Target]:
-    """Everything that a run makes of its queries, those of one kernel together."""
+    """Everything that a run makes of its queries, those of one stack together."""
     mode, found = spec.contribute.mode, []
     for run in spec.sweep():
         if mode == "scores":
             weights = dict.fromkeys((None, spec.contribute.weights))
             found += [Target(kernel=run.kernel.name, set_name="eval", weights=name) for name in weights]
         else:
-            sets = QUERY_SETS if mode == "tensor" else ("learn",)
-            found += [Target(kernel=run.kernel.name, set_name=name) for name in sets]
+            found += [Target(kernel=run.kernel.name, set_name=name) for name in contributed_sets(spec)]
     return found
 
 
@@ -131,13 +130,13 @@ def tiles_of(spec: RunSpec, store: FeatureStore, target: Target) -> tuple[int, i
 
 
 def passes_of(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> tuple[int, int]:
-    """(Parts that queries of each kernel and choice of weights are cut into, passes that all take over the features)."""
+    """(Parts that queries of each stack are cut into, passes that all take over the features)."""
     train, members = store.open_set("train").info, spec.model.etas
     columns = 1 if spec.contribute.mode == "scores" else len(train.arrays)
-    rows: dict[tuple[str, str | None], int] = defaultdict(int)
-    held: dict[tuple[str, str | None], int] = defaultdict(int)
+    rows: dict[Stack, int] = defaultdict(int)
+    held: dict[Stack, int] = defaultdict(int)
     for target in targets:
-        stack, queries = (target.kernel, target.weights), store.open_set(target.set_name).info.rows
+        stack, queries = target.stack, store.open_set(target.set_name).info.rows
         rows[stack] += queries
         for member in members:
             shape = QueryArtifact.open(store.storage, target.kernel, (target.set_name, member)).shape
@@ -159,7 +158,7 @@ def new_spans(store: FeatureStore) -> list[Sequence[int]]:
 
 
 def spans_of(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> list[Sequence[int]]:
-    """Blocks of every span of the targets of one kernel: those that its sums were begun with, if they were."""
+    """Blocks of every span of the targets of one stack: those that its sums were begun with, if they were."""
     for target in targets:
         if not wants_moments(spec, target):
             continue

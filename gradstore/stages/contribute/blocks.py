@@ -41,7 +41,7 @@ MakeReader = Callable[[Sequence[FeatureSet], Sequence[Sequence[str]]], Reader]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stack:
-    """Queries of one kernel, and of one choice of weights, that are multiplied together.
+    """Queries that are multiplied together; see `Target.stack`.
 
     Attributes
     ----------
@@ -65,15 +65,15 @@ class BlockBuilder:
     """Builds C [Q, n, M] of blocks, of the queries of all slabs one after another; of scores M is 1.
 
     Every block is read once for all slabs and members. Products may round otherwise where other queries stand beside, so that
-    queries of each kernel are multiplied by themselves: what is computed of a row depends on the block and on the slabs of
-    its kernel alone. A block that is built again has the same bits, whatever else the sweep holds by then.
+    queries of each stack are multiplied by themselves: what is computed of a row depends on the block and on the slabs of
+    its stack alone. A block that is built again has the same bits, whatever else the sweep holds by then.
 
     Parameters
     ----------
     store, spec
         The store and the run.
     slabs
-        Which queries: those of one kernel and weights stand together.
+        Which queries: those of one stack stand together.
     row_parts
         In how many parts the rows of a block are built, each of which reads the block.
     make_reader
@@ -109,7 +109,7 @@ class BlockBuilder:
         self._scratch = aligned(largest * widest)
 
     def _stacked(self, spec: RunSpec, slabs: Sequence[Slab]) -> list[_Stack]:
-        together = [tuple(of) for _, of in groupby(slabs, key=lambda slab: (slab.target.kernel, slab.target.weights))]
+        together = [tuple(of) for _, of in groupby(slabs, key=lambda slab: slab.target.stack)]
         written_by = attempts(self._store, slabs, [*self._trains])
         products = _products(self._store.storage.url, spec.model_dump_json(), tuple(together), written_by)
         stacks, start = [], 0

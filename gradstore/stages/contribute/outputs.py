@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from gradstore.errors import SupersededError
-from gradstore.spec import RunSpec
+from gradstore.spec import RunSpec, role_of
 from gradstore.stages.contribute.queries import Target
 from gradstore.stages.contribute.rows import score_transform
 from gradstore.stages.contribute.settings import refuse_superseded
@@ -291,7 +291,7 @@ def score_name(target: Target) -> str:
 def wants_moments(spec: RunSpec, target: Target) -> bool:
     """Whether A_q and candidates are made of a target: the learner needs them of its own queries."""
     asked = spec.contribute.mode != "scores" and spec.contribute.second_moments
-    return asked and target.set_name == "learn"
+    return asked and role_of(target.set_name) == "learn"
 
 
 def _open_moments(store: FeatureStore, spec: RunSpec, target: Target, of: tuple[int, Sequence[int]]) -> Moments | None:

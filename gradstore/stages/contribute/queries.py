@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradstore.errors import ContractError, SupersededError
+from gradstore.plan.contributions import stack_of
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.rows import query_factor
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from gradstore.numerics.kernel import Damping
 
 
+Stack = tuple[str, str | None, str]
+"""A kernel, a choice of weights, and which of their queries; see `stack_of`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One C: of a query set, under one kernel of a sweep; or its scores, under ``weights`` (None: the same for all groups)."""
@@ -29,6 +34,11 @@ class Target:
     kernel: str
     set_name: str
     weights: str | None = None
+
+    @property
+    def stack(self) -> Stack:
+        """What is equal of targets whose queries are multiplied together; those of an aspect are by themselves."""
+        return self.kernel, self.weights, stack_of(self.set_name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ class Work:
     span
         Number of the span that the blocks are, for what is summed of it; None if nothing is.
     parts
-        In how many parts the queries of each kernel, and choice of weights, are multiplied.
+        In how many parts the queries of each stack are multiplied.
     passes
         How often the blocks are read, each time for some of these parts.
     row_parts
@@ -69,7 +69,7 @@ def contribute_span(store_url: str, run: Mapping[str, Any], targets: Sequence[Ta
 
 
 def slabs_of(targets: Sequence[Target], work: Work) -> list[list[Slab]]:
-    """Queries of every pass: whole tiles, in parts of those of each kernel and choice of weights."""
+    """Queries of every pass: whole tiles, in parts of those of each stack."""
     tiles = [
         Slab(target=target, first=first, last=min(first + tile, queries))
         for target, (queries, tile) in zip(targets, work.tiles, strict=True)
@@ -77,7 +77,7 @@ def slabs_of(targets: Sequence[Target], work: Work) -> list[list[Slab]]:
     ]
     parts = [
         _joined(part)
-        for _, stack in groupby(tiles, key=lambda tile: (tile.target.kernel, tile.target.weights))
+        for _, stack in groupby(tiles, key=lambda tile: tile.target.stack)
         for part in split(list(stack), work.parts)
     ]
     return [list(chain.from_iterable(run)) for run in split(parts, work.passes)]

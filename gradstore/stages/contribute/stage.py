@@ -25,7 +25,7 @@ from gradstore.stages.contribute.artifacts import (
 )
 from gradstore.stages.contribute.outputs import score_name, wants_moments
 from gradstore.stages.contribute.products import refuse_weights
-from gradstore.stages.contribute.queries import Target, precondition, refuse_other_groups
+from gradstore.stages.contribute.queries import Stack, Target, precondition, refuse_other_groups
 from gradstore.stages.contribute.rows import prepare_rows
 from gradstore.stages.contribute.scales import query_scales
 from gradstore.stages.contribute.span import Work, contribute_span, slabs_of
@@ -41,7 +41,7 @@ _LOWER = ("data.learn.rows", "data.eval.rows", "features.block_rows")
 def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     """Write what [contribute] asks for, where the store does not hold it yet, for all dampings of a sweep in one pass.
 
-    That is C of the learn and eval queries and what the learner needs of it (``mode = "tensor"``), the latter alone
+    That is C of all queries and what the learner needs of it (``mode = "tensor"``), the latter alone
     (``"streamed"``), or scores of the eval queries under given weights (``"scores"``).
 
     Raises
@@ -148,15 +148,15 @@ def _cut(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> Work:
 
 
 def _alike(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> list[list[Target]]:
-    """Targets of which something is missing, with all others of their kernels, that are built together: those of equal spans.
+    """Targets of which something is missing, with all others of their stacks, that are built together: those of equal spans.
 
-    Queries of a kernel are multiplied together, and what goes on is to have the bits that it was begun with.
+    Queries of a stack are multiplied together, and what goes on is to have the bits that it was begun with.
     """
-    of_kernel: dict[str, list[Target]] = defaultdict(list)
+    stacks: dict[Stack, list[Target]] = defaultdict(list)
     for target in targets:
-        of_kernel[target.kernel].append(target)
+        stacks[target.stack].append(target)
     found: dict[tuple[int, ...], list[Target]] = defaultdict(list)
-    for of in of_kernel.values():
+    for of in stacks.values():
         if any(blocks or sums for blocks, sums in (_lacking(spec, store, target) for target in of)):
             found[span_edges(spans_of(spec, store, of))] += of
     return [*found.values()]
@@ -172,7 +172,7 @@ def _span_tasks(spec: RunSpec, store: FeatureStore, targets: Sequence[Target], b
             continue
         work = replace(cut, blocks=tuple(span), span=number)
         task = Task(
-            name=f"contribute-{targets[0].kernel}-{span[0]:06d}",
+            name=f"contribute-{targets[0].kernel}-{targets[0].set_name}-{span[0]:06d}",
             function=contribute_span,
             arguments=(spec.run.store, spec.model_dump(), targets, work),
             rows=sum(stop - start for start, stop in map(info.block_range, span)),

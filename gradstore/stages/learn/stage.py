@@ -29,7 +29,9 @@ _TOLD_BY_CONTRIBUTIONS: Final = ("tile", "transform")
 
 
 def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
-    """Write the weights that Algorithm 1 finds, of every kernel of a sweep its own, unless the store holds them.
+    """Write the weights that Algorithm 1 finds, of every kernel of a sweep and every set to learn from its own.
+
+    Those that the store holds are left as they are.
 
     Raises
     ------
@@ -43,11 +45,14 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     del engine  # learning is light: it streams C in this process
     store = FeatureStore.open(spec.run.store)
     for swept in spec.sweep():
-        _learn(swept, store, progress)
+        for target in swept.learn_targets():
+            _learn(swept, store, target, progress)
 
 
-def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
-    contributions = Contributions.open(store, spec.kernel.name, "learn")
+def _learn(spec: RunSpec, store: FeatureStore, target: tuple[str, str], progress: Progress) -> None:
+    """Learn the weights of a target: from a set of queries, under a name."""
+    set_name, name = target
+    contributions = Contributions.open(store, spec.kernel.name, set_name)
     shape = contributions.artifact.shape
     valid = len(contributions.valid_rows())
     if spec.learn.k > valid:
@@ -56,8 +61,11 @@ def _learn(spec: RunSpec, store: FeatureStore, progress: Progress) -> None:
     settings = learner_settings(spec, tile, contributions.artifact.settings["transform"])
     artifact = WeightsArtifact.create(
         store.storage,
-        spec.learn.name,
-        settings={**_made_from(spec, asdict(settings)), "contributions": dict(contributions.artifact.settings)},
+        name,
+        settings={
+            **_made_from(spec, set_name, asdict(settings)),
+            "contributions": dict(contributions.artifact.settings),
+        },
     )
     if artifact.is_complete():
         return
@@ -89,8 +97,8 @@ def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
     ContractError
         Naming the settings that differ.
     """
-    for swept in spec.sweep():
-        artifact = WeightsArtifact.find_named(storage, swept.learn.name)
+    for swept, (set_name, name) in ((run, target) for run in spec.sweep() for target in run.learn_targets()):
+        artifact = WeightsArtifact.find_named(storage, name)
         if artifact is None:
             continue
         if "transferred_from" in artifact.settings:
@@ -99,9 +107,10 @@ def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
                 f"{artifact.settings['transferred_from']['store']}. Choose another learn.name, and rank by it with score.weights."
             )
         learner = asdict(learner_settings(swept, tile=1))
-        asked = _made_from(swept, {name: learner[name] for name in learner if name not in _TOLD_BY_CONTRIBUTIONS})
-        stored = {name: artifact.settings.get(name) for name in asked}
-        stored["learner"] = {name: artifact.settings["learner"].get(name) for name in asked["learner"]}
+        told = {key: value for key, value in learner.items() if key not in _TOLD_BY_CONTRIBUTIONS}
+        asked = _made_from(swept, set_name, told)
+        stored = {key: artifact.settings.get(key) for key in asked}
+        stored["learner"] = {key: artifact.settings["learner"].get(key) for key in told}
         require_equal(
             f"learn.name: the artifact {storage.url}/{artifact.folder}",
             stored,
@@ -111,9 +120,9 @@ def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
         )
 
 
-def _made_from(spec: RunSpec, learner: Mapping[str, Any]) -> dict[str, Any]:
+def _made_from(spec: RunSpec, set_name: str, learner: Mapping[str, Any]) -> dict[str, Any]:
     """What weights are made from, but for the contributions."""
-    return {"learner": learner, "kernel": spec.kernel.name, "queries": "learn"}
+    return {"learner": learner, "kernel": spec.kernel.name, "queries": set_name}
 
 
 def learner_settings(spec: RunSpec, tile: int, transform: Transform = "none") -> LearnerSettings:

@@ -56,7 +56,7 @@ class Source(Protocol):
 
 def weighted_methods(spec: RunSpec) -> list[Method]:
     """Return the rankings by a run's kernel: unweighted, and under the weights that it learns or was given."""
-    names = [spec.learn.name, *spec.score.weights]
+    names = [*(name for _, name in spec.learn_targets()), *spec.score.weights]
     if spec.contribute.mode == "scores":
         names = [] if spec.contribute.weights is None else [spec.contribute.weights]
     kernel = spec.kernel.name
