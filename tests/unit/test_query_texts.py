@@ -101,6 +101,15 @@ def test_each_of_several_records_is_told_by_its_number() -> None:
         query_examples([{"text": "a"}, {"text": ""}], split=section, encoder=CharacterEncoder(), truncate=False)
 
 
+def test_of_a_text_beside_a_completion_every_token_is_said_to_count() -> None:
+    section = SplitSection(source="eval", length=10)
+    records = [{"text": "abc"}, {"prompt": "ab", "completion": "cd"}]
+    text, completion = query_examples(records, split=section, encoder=CharacterEncoder(), truncate=False)
+    assert predicted(text) == "^abc"
+    assert predicted(completion) == "cd$"
+    assert {*text.inputs} == {*completion.inputs}
+
+
 def test_a_text_of_one_token_predicts_nothing() -> None:
     section = SplitSection(source="eval", length=10, packing="document")
 

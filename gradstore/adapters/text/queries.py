@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -41,10 +42,19 @@ def query_examples(
     DataError
         If a record is none of the three, is empty, too short for a token to be predicted, or longer than the split's length.
     """
-    return [
+    found = [
         _query(record, f"{_KEY}-{number}", split, encoder, truncate=truncate)
         for number, record in enumerate(records, start=1)
     ]
+    if not any(PREDICTED in example.inputs for example in found):
+        return found
+    # The examples of a set have the same inputs: of a text every token counts.
+    return [_with_predicted(example) for example in found]
+
+
+def _with_predicted(example: Example) -> Example:
+    inputs = {PREDICTED: np.ones(example.size, bool), **example.inputs}
+    return replace(example, inputs=inputs, content_hash=hash_inputs(inputs))
 
 
 def _query(

@@ -161,19 +161,24 @@ class Session:
         with self._told():
             examples = self._read(records, truncate=truncate)
             found: list[Answer] = []
-            for first in range(0, len(examples), self._at_once):
-                batch = examples[first : first + self._at_once]
+            at_once = max(1, _QUERY_BYTES // self._query_bytes)
+            for first in range(0, len(examples), at_once):
+                batch = examples[first : first + at_once]
                 name = featurize_examples(self._store, self._spec, batch)
                 found += self._answers(name, batch, [example.example_id for example in batch], k)
             return found
 
     def _answers(self, name: str, examples: Sequence[Example], called: Sequence[str], k: int) -> list[Answer]:
         """Answers to the queries of a set that was made in memory, which goes then."""
+        from threadpoolctl import threadpool_limits
+
         kernel = self._spec.kernel.name
         try:
-            precondition(self._store, self._spec, name)
-            slab = Slab(target=Target(kernel=kernel, set_name=name), first=0, last=len(examples))
-            found = rank(self._ranker, slab, k)
+            # Products of so few queries wait for memory, and more threads of theirs for those that read.
+            with threadpool_limits(1):
+                precondition(self._store, self._spec, name)
+                slab = Slab(target=Target(kernel=kernel, set_name=name), first=0, last=len(examples))
+                found = rank(self._ranker, slab, k)
         finally:
             for folder in (f"features/{name}", f"queries/{kernel}/{name}", "partials"):
                 self._overlay.drop(folder)
@@ -221,12 +226,12 @@ class Session:
         )
 
     @property
-    def _at_once(self) -> int:
-        """Queries that are answered in one reading."""
+    def _query_bytes(self) -> int:
+        """Memory that one more query of a reading takes."""
         info = self._train.info
         features = _COPIES * 4 * len(info.members) * sum(map(full_width, info.arrays))
-        built = 3 * 8 * info.block_rows * len(info.arrays)
-        return max(1, _QUERY_BYTES // (features + built))
+        # C of a block, and what becomes of it on the way to scores.
+        return features + 3 * 8 * info.block_rows * len(info.arrays)
 
     def _refuse_k(self, k: int) -> None:
         most = self._train.info.num_examples
