@@ -37,6 +37,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -77,6 +78,7 @@ def check_name(key: str, name: str) -> str:
     return name
 
 
+@lru_cache(maxsize=4096)
 def encode_group(name: str) -> str:
     """Return the folder name of a parameter group's array.
 
