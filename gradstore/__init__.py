@@ -1,6 +1,6 @@
 """gradstore: an out-of-core store of per-example gradient features, and the training-data attribution built on it.
 
-Importing it is cheap: what `open` and `open_contributions` need (xarray, pyarrow, Zarr) they import when they are called, and
+Importing it is cheap: what `open`, `open_contributions` and `open_scores` need (xarray, pyarrow, Zarr) they import when they are called, and
 `Session` is imported when it is first asked for.
 """
 
@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from gradstore.errors import GradstoreError
-from gradstore.opening import open_contributions
+from gradstore.opening import open_contributions, open_scores
 from gradstore.opening import open_features as open  # noqa: A004 - read as gradstore.open
 from gradstore.spec import RunSpec, read_spec
 
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from gradstore.stages.query import Session
 
 __version__ = version("gradstore")
-__all__ = ["GradstoreError", "RunSpec", "Session", "__version__", "open", "open_contributions", "read_spec"]
+__all__ = [
+    "GradstoreError",
+    "RunSpec",
+    "Session",
+    "__version__",
+    "open",
+    "open_contributions",
+    "open_scores",
+    "read_spec",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -14,7 +14,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from gradstore.errors import SupersededError
-from gradstore.store.artifacts import ContributionArtifact
+from gradstore.store.artifacts import ContributionArtifact, ScoreMatrixArtifact
 from gradstore.store.backend import open_storage
 from gradstore.store.blocks import Buffers, in_parallel
 from gradstore.store.features import FeatureSet, FeatureStore
@@ -35,7 +35,7 @@ class Snapshot:
     url
         The store.
     names
-        (set, member) of features, (kernel, set) of contributions.
+        (set, member) of features, (kernel, set) of contributions, (kernel.weights, set) of scores.
     generations
         (block, generation) of the committed blocks; of others nothing is read.
     opening
@@ -103,6 +103,24 @@ class ContributionChunks:
         extent = (last - first, shape.block_rows, len(shape.groups))
         with buffers.borrow(int(np.prod(extent)) * 4) as buffer:
             take(artifact.read(first, last, block, buffer.view(np.float32).reshape(extent)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreChunks:
+    """Chunks of a score matrix: all queries, in a block of examples."""
+
+    snapshot: Snapshot
+
+    def concurrency(self) -> int:
+        """See `ChunkReader.concurrency`."""
+        return _opened_scores(self.snapshot)[0].storage.concurrency
+
+    def read(self, index: tuple[int, ...], take: Callable[[Values], None]) -> None:
+        """See `ChunkReader.read`."""
+        artifact, committed = _opened_scores(self.snapshot)
+        _, block = index
+        if block in committed:
+            take(artifact.read(block))
 
 
 class LazyArray(BackendArray):
@@ -181,6 +199,12 @@ def _opened_features(snapshot: Snapshot) -> tuple[FeatureSet, frozenset[int], Bu
 def _opened_contributions(snapshot: Snapshot) -> tuple[ContributionArtifact, frozenset[int], Buffers]:
     artifact = ContributionArtifact.open(open_storage(snapshot.url), *snapshot.names)
     return artifact, _unchanged(snapshot, artifact.folder, artifact.log.pin()), Buffers()
+
+
+@lru_cache(maxsize=_KEPT_OPEN)
+def _opened_scores(snapshot: Snapshot) -> tuple[ScoreMatrixArtifact, frozenset[int]]:
+    artifact = ScoreMatrixArtifact.open(open_storage(snapshot.url), *snapshot.names)
+    return artifact, _unchanged(snapshot, artifact.folder, artifact.log.pin())
 
 
 def _unchanged(snapshot: Snapshot, folder: str, now: Mapping[int, int]) -> frozenset[int]:

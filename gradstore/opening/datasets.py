@@ -1,4 +1,4 @@
-"""gradstore.open and gradstore.open_contributions: a store's arrays as lazy xarray datasets.
+"""gradstore.open, gradstore.open_contributions and gradstore.open_scores: a store's arrays as lazy xarray datasets.
 
 Whatever is heavy (xarray, pyarrow, Zarr) is imported inside the functions, so that `import gradstore` stays cheap.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import xarray
 
     from gradstore.opening.arrays import Snapshot
-    from gradstore.store.features import FeatureArray, FeatureSet
+    from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore
 
 EXAMPLE: Final = "example"
 
@@ -131,10 +131,6 @@ def open_contributions(url: str, kernel: str, feature_set: str = "eval") -> xarr
     artifact = ContributionArtifact.open(store.storage, kernel, feature_set)
     shape = artifact.shape
     snapshot = _snapshot(store.storage.url, (kernel, feature_set), artifact.log.pin())
-    train, queries = store.open_set("train"), store.open_set(feature_set)
-    # Of a set that grew since, C has the first rows.
-    coordinates = {name: values[: shape.rows] for name, values in _coordinates(train, _committed(train)).items()}
-    asked = {name: values[: shape.queries] for name, values in _coordinates(queries, _committed(queries)).items()}
     lazy = LazyArray(
         ContributionChunks(snapshot=snapshot),
         (shape.queries, shape.rows, len(shape.groups)),
@@ -142,11 +138,7 @@ def open_contributions(url: str, kernel: str, feature_set: str = "eval") -> xarr
     )
     return xarray.Dataset(
         {"contributions": _variable(("query", EXAMPLE, "group"), lazy, {})},
-        coords={
-            **{name: (EXAMPLE, values) for name, values in coordinates.items()},
-            **{f"query_{name}": ("query", values) for name, values in asked.items()},
-            "group": list(shape.groups),
-        },
+        coords={**_of_both(store, feature_set, (shape.queries, shape.rows)), "group": list(shape.groups)},
         attrs={
             "contract": dict(store.contract),
             "kernel": kernel,
@@ -154,6 +146,57 @@ def open_contributions(url: str, kernel: str, feature_set: str = "eval") -> xarr
             "block_rows": shape.block_rows,
             "query_tile": shape.query_tile,
             "settings": {name: value for name, value in artifact.settings.items() if name != "shape"},
+            "snapshot": [list(pair) for pair in snapshot.generations],
+        },
+    )
+
+
+def open_scores(url: str, name: str, feature_set: str = "eval") -> xarray.Dataset:
+    """Open the scores S[q, n] of a set of queries under one weighting, lazily as `open_features` does.
+
+    Parameters
+    ----------
+    url
+        The store.
+    name
+        Names of the kernel and the weights with a dot between: ``block.learned``, or ``block.unweighted``.
+    feature_set
+        The queries.
+
+    Returns
+    -------
+    xarray.Dataset
+        The variable ``scores``, float32 [query, example], with NaN, coordinates and attributes as in `open_contributions`.
+        Where the attribute ``settings`` has the transform ``square`` (DAS), scores are the squares of what is stored.
+
+    Raises
+    ------
+    SpecError
+        If xarray is not installed.
+    NotReadyError
+        If there is no store at the URL, or no such scores in it: `score.matrices` makes them.
+    """
+    _require_xarray("gradstore.open_scores")
+    import xarray
+
+    from gradstore.opening.arrays import LazyArray, ScoreChunks
+    from gradstore.store.artifacts import ScoreMatrixArtifact
+    from gradstore.store.features import FeatureStore
+
+    store = FeatureStore.open(url)
+    artifact = ScoreMatrixArtifact.open(store.storage, name, feature_set)
+    shape = artifact.shape
+    snapshot = _snapshot(store.storage.url, (name, feature_set), artifact.log.pin())
+    lazy = LazyArray(ScoreChunks(snapshot=snapshot), (shape.queries, shape.rows), (shape.queries, shape.block_rows))
+    return xarray.Dataset(
+        {"scores": _variable(("query", EXAMPLE), lazy, {})},
+        coords=_of_both(store, feature_set, (shape.queries, shape.rows)),
+        attrs={
+            "contract": dict(store.contract),
+            "name": name,
+            "set": feature_set,
+            "block_rows": shape.block_rows,
+            "settings": {key: value for key, value in artifact.settings.items() if key != "shape"},
             "snapshot": [list(pair) for pair in snapshot.generations],
         },
     )
@@ -207,6 +250,16 @@ def _variable(dims: Sequence[str], lazy: Any, attributes: Mapping[str, Any]) -> 
 def _committed(opened: FeatureSet) -> dict[int, int]:
     """Generation of every committed block, without those of an append that began since the set was opened."""
     return {block: now for block, now in opened.log.pin().items() if block < opened.info.num_blocks}
+
+
+def _of_both(store: FeatureStore, feature_set: str, size: tuple[int, int]) -> dict[str, tuple[str, np.ndarray]]:
+    """Coordinates of so many queries of a set and rows of the train set: of one that grew since, what was made has the first."""
+    train, queries = store.open_set("train"), store.open_set(feature_set)
+    asked, rows = _coordinates(queries, _committed(queries)), _coordinates(train, _committed(train))
+    return {
+        **{name: (EXAMPLE, values[: size[1]]) for name, values in rows.items()},
+        **{f"query_{name}": ("query", values[: size[0]]) for name, values in asked.items()},
+    }
 
 
 def _coordinates(opened: FeatureSet, blocks: Iterable[int]) -> dict[str, np.ndarray]:

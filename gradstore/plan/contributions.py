@@ -153,13 +153,10 @@ def contribute_stage(spec: RunSpec, cut: ContributePlan, train: SetPlan, *, task
         written += dampings * members * taken
     groups = len(next(iter(cut.queries.values())).groups)
     if mode == "scores":
-        # zarr.json of score-matrices; of every kernel and weights, of its set, its folder and s, and artifact.json.
-        each = 5 + 2 * train.blocks
-        objects += 1 + len(cut.targets) * each
-        written += sum(
-            train.blocks * (4 * cut.queries[name].queries * train.block_rows + _CHECKSUM_BYTES)
-            for name, _ in cut.targets
-        )
+        objects += 1  # zarr.json of score-matrices
+        for name, _ in cut.targets:
+            made, taken = matrix_sizes(train, cut.queries[name].queries)
+            objects, written = objects + made, written + taken
     if mode == "tensor":
         objects += 1 + dampings
         for name, tile in cut.targets:
@@ -182,6 +179,12 @@ def contribute_stage(spec: RunSpec, cut: ContributePlan, train: SetPlan, *, task
         written_bytes=written,
         task_memory_bytes=task_memory_bytes,
     )
+
+
+def matrix_sizes(train: SetPlan, queries: int) -> tuple[int, int]:
+    """(Objects, bytes of chunks) of one score matrix: of every block a chunk of all queries, and its record."""
+    # zarr.json of its kernel and weights, of its set, its folder and s, and artifact.json.
+    return 5 + 2 * train.blocks, train.blocks * (4 * queries * train.block_rows + _CHECKSUM_BYTES)
 
 
 def contribute_notes(cut: ContributePlan) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from gradstore.plan.contributions import contribute_stage, plan_contribute
+from gradstore.plan.contributions import contribute_stage, matrix_sizes, plan_contribute
 from gradstore.plan.kernels import kernel_bytes, kernel_objects, kernel_tasks
 from gradstore.plan.memory import TaskMemory
 from gradstore.plan.resolve import resolve_kernel
@@ -148,7 +148,7 @@ def _score(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: Task
     """Ranks in the process that runs the command, under one damping after another; one tail-patch task per query of each.
 
     Rankings are unweighted and by weights that were learned or named, of every kernel; a random one, and where there are
-    texts that of BM25. Of scores there are no parts.
+    texts that of BM25. Of scores there are no parts. Score matrices are of the weightings alone.
     """
     train, queries, kernels = sets["train"], sets["eval"], len(spec.sweep())
     alone = spec.contribute.mode == "scores"
@@ -157,11 +157,17 @@ def _score(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: Task
     shape = (queries.rows, train.rows, groups)
     tile = queries.rows if alone else query_tile(shape, train.block_rows, spec.contribute.dtype)
     columns, parts = (1, 0) if alone else (groups, groups)
+    ranks = memory.rank(train, queries, (tile, columns), texts=texts)
+    made, taken, matrices = 0, 0, 0
+    if spec.score.matrices and not alone:
+        made, taken = matrix_sizes(train, queries.rows)
+        matrices = memory.matrices(train, queries, tile)
     return StagePlan(
         name="score",
         tasks=kernels * tasks,
-        objects=(kernels * methods + 1 + texts) * TABLE_OBJECTS,
-        written_bytes=kernels * memory.ranked_bytes(train, queries, parts),
+        # zarr.json of score-matrices stands beside those of every matrix.
+        objects=(kernels * methods + 1 + texts) * TABLE_OBJECTS + kernels * methods * made + (made > 0),
+        written_bytes=kernels * (memory.ranked_bytes(train, queries, parts) + methods * taken),
         task_memory_bytes=memory.patch(train) if tasks else 0,
-        client_memory_bytes=memory.rank(train, queries, (tile, columns), texts=texts),
+        client_memory_bytes=max(ranks, matrices),
     )

@@ -224,6 +224,7 @@ class ScoreSection(Section):
     """[score]: how many proponents and opponents are kept per query, whether all scores are, and what they are compared with."""
 
     k: int = Field(default=10, ge=1)
+    matrices: bool = False
     weights: list[Annotated[str, Field(pattern=NAME)]] = Field(default_factory=list)
     tail_patch: TailPatchSection = TailPatchSection()
 
@@ -248,6 +249,11 @@ class RunSpec(Section):
         for section, reserved in RESERVED_NAMES.items():
             if getattr(self, section).name == reserved:
                 raise SpecError(f"{section}.name: found {reserved!r}, which has another meaning. Choose another name.")
+        if self.score.matrices and self.contribute.mode == "streamed":
+            raise SpecError(
+                'score.matrices: found true with contribute.mode = "streamed", which keeps no C to make them of; set '
+                'contribute.mode = "tensor", or "scores", which makes them alone.'
+            )
         if self.contribute.weights is not None and self.contribute.mode != "scores":
             raise SpecError(
                 f'contribute.weights: found {self.contribute.weights!r} with mode = "{self.contribute.mode}"; C has no '

@@ -11,9 +11,10 @@ import pyarrow as pa
 from gradstore.cluster import Engine
 from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
-from gradstore.stages.contributions import valid_queries
+from gradstore.stages.contributions import Contributions, valid_queries
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import bm25, random_rows
+from gradstore.stages.score.matrices import write_matrices
 from gradstore.stages.score.sources import Method, Ranks, Source, open_source, weighted_methods
 from gradstore.stages.score.tail_patch import LOG_PROBABILITIES, tail_patches
 from gradstore.store.artifacts import ScoresArtifact
@@ -25,7 +26,7 @@ PRECISION_K = 10
 def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     """Write the rankings that the store does not hold yet, with precision by label and tail-patch of each.
 
-    Of a damping sweep every kernel has its own.
+    With score.matrices also all scores of every weighting. Of a damping sweep every kernel has its own.
 
     Raises
     ------
@@ -49,6 +50,10 @@ def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progres
         Method(name="random"),
     ]
     source = open_source(spec, store)
+    # Where scores alone are made, these are what the rankings come from.
+    if spec.score.matrices and spec.contribute.mode == "tensor":
+        contributions = Contributions.open(store, spec.kernel.name, "eval")
+        write_matrices(store, contributions, weighted_methods(spec), progress)
     artifacts = {method: _create(spec, store, source, method) for method in methods}
     artifacts = {method: artifact for method, artifact in artifacts.items() if not artifact.is_complete()}
     if not artifacts:
