@@ -12,7 +12,7 @@ import numpy as np
 
 from gradstore.adapters.protocol import Examples, Facts, SourceFacts
 from gradstore.errors import SpecError
-from gradstore.spec import DataSection, ModelSection, SplitSection, key_of, resolve_kind
+from gradstore.spec import SPLITS, DataSection, ModelSection, SplitSection, key_of, resolve_kind
 from gradstore.store.examples import Example, hash_inputs
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ class Synthetic:
                 topics=options.topics,
                 contributors=options.contributors,
                 noisy=options.noisy,
+                aspects=tuple(name for name in rows if name not in SPLITS),
             )
         except SpecError as error:
             raise SpecError(f"model.options.{error}") from None

@@ -16,6 +16,9 @@ query's and (a^2 + b^2) v K for its contributors, with K = r_o r_i and v = 85/64
 good groups has noise of deviation v sqrt(M_g K). The strengths a and b make the ratio of signal to noise there
 TOPIC_STRENGTH, and CONTRIBUTOR_STRENGTH more, whatever K and M_g, as far as multiples of 1/256 up to 2 can.
 
+Aspects are sets of queries whose good groups are others: those that follow in the order of which the noisy ones are the
+first. There alone are the U_jq of their queries; topics stay in the groups that are good for all others.
+
 L = diag(1, 1/2, 1, 1/2, ...) (I + N/2), N the cyclic shift, and R the same of size r_i: so the covariance of the noise is
 s^2 v (L L^T) (x) (R R^T), which EKFAC's Kronecker factors can hold and no diagonal can.
 
@@ -72,6 +75,8 @@ class Planting:
         Train examples that every query has of its own.
     noisy
         Share of the groups that hold nothing but noise.
+    aspects
+        Names of the sets of queries whose good groups are others.
     """
 
     seed: int
@@ -81,6 +86,7 @@ class Planting:
     topics: int
     contributors: int
     noisy: float
+    aspects: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         queries = sum(count for name, count in self.rows.items() if name != TRAIN)
@@ -115,6 +121,8 @@ class Planted:
     ----------
     good
         Which groups are good.
+    good_of
+        By set, which groups are good for it: others than `good` for an aspect.
     topics
         By set, the topic of every example.
     contributors
@@ -122,15 +130,24 @@ class Planted:
     """
 
     good: Bool[np.ndarray, " M"]
+    good_of: Mapping[str, Bool[np.ndarray, " M"]]
     topics: Mapping[str, Int64[np.ndarray, " rows"]]
     contributors: Mapping[str, Int64[np.ndarray, "Q C"]]
 
     def __init__(self, planting: Planting) -> None:
         self._planting = planting
         num_groups = len(planting.groups)
-        self.good = np.ones(num_groups, bool)
         order_M = permutation(words(self._key("structure", "groups"), num_groups))
-        self.good[order_M[: round(planting.noisy * num_groups)]] = False
+        noisy = round(planting.noisy * num_groups)
+
+        def good(turn: int) -> Bool[np.ndarray, " M"]:
+            found = np.ones(num_groups, bool)
+            found[np.roll(order_M, -turn * (num_groups - noisy))[:noisy]] = False
+            return found
+
+        self.good = good(0)
+        turns = {name: turn for turn, name in enumerate(planting.aspects, start=1)}
+        self.good_of = {name: good(turns.get(name, 0)) for name in planting.rows}
         self.topics = {name: self._topics(name, count) for name, count in planting.rows.items()}
         self.contributors = self._contributors()
         # By set of queries, which of them each train row contributes to; -1 for none.
@@ -154,12 +171,12 @@ class Planted:
         planting = self._planting
         name, features = planting.groups[group], math.prod(planting.shape)
         z_BK = draws(self._key(name, f"noise {set_name}"), rows_B, features)
-        if self.good[group]:
+        if self.good[group] and self.good_of[set_name][group]:
             topics_B = self.topics[set_name][rows_B]
             directions_UK = draws(self._key(name, "topics"), np.arange(planting.topics), features)
             directions_UK *= np.float32(self.topic_strength)
             z_BK += directions_UK[topics_B]
-            self._add_own(z_BK, set_name, name, rows_B)
+        self._add_own(z_BK, set_name, group, rows_B)
         scaled_OO = self._left_OO * np.float32(1 if self.good[group] else NOISY_SCALE)
         return np.asarray(np.matmul(scaled_OO, z_BK.reshape(-1, *planting.shape)), np.float32)
 
@@ -205,16 +222,18 @@ class Planted:
         return max(1, min(round(STRENGTH_STEPS * amplitude), STRENGTH_STEPS * MOST_STRENGTH)) / STRENGTH_STEPS
 
     def _add_own(
-        self, z_BK: Float32[np.ndarray, "B K"], set_name: str, name: str, rows_B: Int64[np.ndarray, " B"]
+        self, z_BK: Float32[np.ndarray, "B K"], set_name: str, group: int, rows_B: Int64[np.ndarray, " B"]
     ) -> None:
-        """Add to Z the directions of the queries that some examples are, or contribute to."""
+        """Add to Z the directions of the queries that some examples are, or contribute to, where a group is good for them."""
         strength, features = np.float32(self.contributor_strength), z_BK.shape[1]
+        name = self._planting.groups[group]
         if set_name != TRAIN:
-            z_BK += strength * draws(self._key(name, f"own {set_name}"), rows_B, features)
+            if self.good_of[set_name][group]:
+                z_BK += strength * draws(self._key(name, f"own {set_name}"), rows_B, features)
             return
         for queries, query_N in self._query_of.items():
             places = np.flatnonzero(query_N[rows_B] >= 0)
-            if len(places):
+            if len(places) and self.good_of[queries][group]:
                 drawn = draws(self._key(name, f"own {queries}"), query_N[rows_B[places]], features)
                 z_BK[places] += strength * drawn
 

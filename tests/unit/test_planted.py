@@ -14,6 +14,7 @@ from tests import oracle
 GROUPS = tuple(f"layers.{place}.q_proj" for place in range(5))
 SHAPE = (3, 4)
 ROWS = {"train": 60, "learn": 5, "eval": 7}
+WITH_ASPECTS = {**ROWS, "learn-a": 2, "learn-b": 1}
 ASKED = Planting(seed=3, groups=GROUPS, shape=SHAPE, rows=ROWS, topics=4, contributors=4, noisy=0.4)
 
 
@@ -26,9 +27,9 @@ def features(made: Planted, set_name: str, group: int, rows: np.ndarray) -> np.n
     return made.features(made.output_gradients(set_name, group, rows))
 
 
-@pytest.mark.parametrize("set_name", ["train", "learn", "eval"])
+@pytest.mark.parametrize("set_name", ["train", "learn", "eval", "learn-a", "learn-b"])
 def test_features_are_those_of_the_formula(set_name: str) -> None:
-    made, count = planted(), 12
+    made, count = planted(rows=WITH_ASPECTS, aspects=("learn-a", "learn-b")), 12
     contributes = {
         int(row): (name, query)
         for name, rows_of in made.contributors.items()
@@ -37,16 +38,16 @@ def test_features_are_those_of_the_formula(set_name: str) -> None:
     }
 
     for group, name in enumerate(GROUPS):
-        found = features(made, set_name, group, np.arange(ROWS[set_name]))
-        for row in range(ROWS[set_name]):
+        found = features(made, set_name, group, np.arange(WITH_ASPECTS[set_name]))
+        for row in range(WITH_ASPECTS[set_name]):
             signals: list[tuple[float, np.ndarray]] = []
-            if made.good[group]:
+            if made.good[group] and made.good_of[set_name][group]:
                 topic = int(made.topics[set_name][row])
                 signals.append((made.topic_strength, oracle.planted_draw(3, name, "topics", topic, count)))
-                owner = contributes.get(row) if set_name == "train" else (set_name, row)
-                if owner is not None:
-                    own = oracle.planted_draw(3, name, f"own {owner[0]}", owner[1], count)
-                    signals.append((made.contributor_strength, own))
+            owner = contributes.get(row) if set_name == "train" else (set_name, row)
+            if owner is not None and made.good_of[owner[0]][group]:
+                own = oracle.planted_draw(3, name, f"own {owner[0]}", owner[1], count)
+                signals.append((made.contributor_strength, own))
             noise = oracle.planted_draw(3, name, f"noise {set_name}", row, count)
             scale = 1.0 if made.good[group] else NOISY_SCALE
             expected = oracle.planted_feature(SHAPE, noise, signals, scale)
@@ -169,3 +170,16 @@ def test_covariances_are_sums_over_the_positions_whose_gradient_is_not_zero() ->
 def test_what_cannot_be_planted_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message.replace("(", r"\(")):
         planted(**changes)
+
+
+def test_the_good_groups_of_aspects_follow_one_another_and_all_others_stay_as_they_were() -> None:
+    made = planted(noisy=0.6, rows=WITH_ASPECTS, aspects=("learn-a", "learn-b"))
+
+    without = planted(noisy=0.6)
+    np.testing.assert_array_equal(made.good, without.good)
+    for name in ROWS:
+        np.testing.assert_array_equal(made.good_of[name], made.good)
+    good = [made.good, made.good_of["learn-a"], made.good_of["learn-b"]]
+    assert [int(of.sum()) for of in good] == [2, 2, 2]
+    assert not (made.good & made.good_of["learn-a"]).any()
+    assert not (made.good_of["learn-a"] & made.good_of["learn-b"]).any()
