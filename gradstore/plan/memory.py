@@ -175,13 +175,13 @@ class TaskMemory:
         return PROCESS_BYTES + block + kept + (TEXT_BYTES * tokens if texts else 0)
 
     def matrices(self, train: SetPlan, queries: SetPlan, tile: int) -> int:
-        """Two pieces of C, one also in float64, and a block's scores of all queries under all weightings, one of them twice.
+        """Two pieces of C, one also in float64; a block's scores of all queries under all weightings, and one as it is written.
 
         ``tile`` is of C's chunks.
         """
         groups, methods = len(self._groups), weightings(self._spec)
         piece = verified_queries((queries.rows, groups), train.block_rows, tile) * train.block_rows
-        return PROCESS_BYTES + piece * (16 * groups + 8 * methods) + 4 * queries.rows * train.block_rows * (methods + 1)
+        return PROCESS_BYTES + piece * (16 * groups + 8 * methods) + 4 * queries.rows * train.block_rows * (methods + 2)
 
     def ranked_bytes(self, train: SetPlan, queries: SetPlan, parts: int) -> int:
         """Rows, scores and parts of every query, under all weightings and on two sides; and of the two baselines."""
