@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+import dask
+import yaml
 from distributed import Client
 
 STARTS_WITHIN_SECONDS = 120.0
@@ -74,18 +76,18 @@ class SeparateCluster:
             process.kill()
             process.wait()
 
-    def start_worker(self) -> None:
-        """Start one more."""
+    def start_worker(self, *more: str) -> None:
+        """Start one more, with more of its command line than the others."""
         self._started += 1
         name = f"worker-{self._started}"
-        options = ("--nthreads", "1", "--no-nanny", "--name", name, *self._options)
+        options = ("--nthreads", "1", "--no-nanny", "--name", name, *self._options, *more)
         self._workers[name] = self._start("worker", self.address, *LOOPBACK, *options, log=name)
 
-    def kill_worker(self, name: str) -> None:
-        """Kill -9 one, and start another as a supervisor would."""
+    def kill_worker(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
+        """Kill one, at once or so that it may leave first, and start another as a supervisor would."""
         process = self._workers.pop(name)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.send_signal(how)
+        assert process.wait() == (-how if how is signal.SIGKILL else 0)
         self.start_worker()
 
     def at_work(self, client: Client) -> list[str]:
@@ -118,8 +120,22 @@ class SeparateCluster:
 
 
 @contextmanager
+def with_certificates(folder: Path) -> Iterator[None]:
+    """Enter with Dask's settings as a process has them whose DASK_CONFIG names those that were made in a folder."""
+    comm = yaml.safe_load((folder / "dask.yaml").read_text())["distributed"]["comm"]
+    tls = comm.pop("tls")
+    flat = {f"distributed.comm.{key}": value for key, value in comm.items()}
+    with dask.config.set({**flat, **{f"distributed.comm.tls.{key}": value for key, value in tls.items()}}):
+        yield
+
+
+@contextmanager
 def restless(
-    cluster: SeparateCluster, choice: random.Random, kills: int, committed: Callable[[], int]
+    cluster: SeparateCluster,
+    choice: random.Random,
+    kills: int,
+    committed: Callable[[], int],
+    how: signal.Signals = signal.SIGKILL,
 ) -> Iterator[Callable[[], int]]:
     """Kill a worker of a cluster at random, again and again, while entered; yields what tells how many were killed.
 
@@ -137,7 +153,7 @@ def restless(
                     continue
                 stopped.wait(choice.uniform(0, 0.5))
                 if at_work := cluster.at_work(client):
-                    cluster.kill_worker(choice.choice(at_work))
+                    cluster.kill_worker(choice.choice(at_work), how)
                     killed += 1
                     last = committed()
 

@@ -157,12 +157,10 @@ def _run_stages(path: Path, scheduler: str | None, quiet: bool, *stages: Stage) 
 def run_stages(spec: RunSpec, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:
     """Run stages one after the other on one cluster: that of the run, or the workers of a scheduler."""
     from gradstore.cluster import Engine
-    from gradstore.spec import ClusterSection
     from gradstore.stages.progress import Progress
 
     if scheduler is not None:
-        own = {**spec.cluster.model_dump(), "kind": "scheduler", "address": scheduler}
-        spec = spec.model_copy(update={"cluster": ClusterSection(**own)})
+        spec = spec.model_copy(update={"cluster": spec.cluster.at(scheduler)})
     progress = Progress(quiet=quiet)
     try:
         with Engine(spec.cluster, progress.note) as engine:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
-from gradstore.cluster.kinds import CLUSTERS, refuse_address
+from gradstore.cluster.kinds import CLUSTERS, refuse_cluster
 from gradstore.cluster.submission import Submission
 from gradstore.cluster.tasks import Failed, Task
 from gradstore.errors import TaskError
@@ -32,11 +32,11 @@ class Engine:
     Raises
     ------
     SpecError
-        If the scheduler it is to use is neither on this machine nor encrypted.
+        If the kind of cluster has no such options, or its scheduler is neither on this machine nor encrypted.
     """
 
     def __init__(self, section: ClusterSection, announce: Callable[[str], None] = lambda _: None) -> None:
-        refuse_address(section)
+        refuse_cluster(section)
         self._section = section
         self._announce = announce
         self._stack = ExitStack()

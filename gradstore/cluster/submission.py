@@ -121,9 +121,22 @@ class Submission:
                 graph[keys[name]] = (work, waiting)
             else:
                 graph[keys[name]] = (work,)
-        found = self._client.get(graph, [keys[name] for name in names], sync=False, retries=RETRIES)
+        asked = {keys[name]: dict(self._tasks[name].resources) for name in names if self._tasks[name].resources}
+        resources = partial(asked_of, asked) if asked and self._is_mixed() else None
+        found = self._client.get(
+            graph, [keys[name] for name in names], sync=False, retries=RETRIES, resources=resources
+        )
         self._futures |= dict(zip(names, found, strict=True))
         return list(found)
+
+    def _is_mixed(self) -> bool:
+        """Whether some workers have resources and others have none.
+
+        Only then are tasks bound to the former: Dask hands out at once what is bound, and keeps back what is not, so that
+        a worker's death counts against the one task that it runs.
+        """
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        return len({bool(worker["resources"]) for worker in workers}) > 1
 
     def _settle_error(self, name: str, failed: Failed) -> None:
         if self._awaited(name):
@@ -190,6 +203,11 @@ def _failure(
             f"{name}: its worker died {deaths} times, most likely out of memory{others}. {committed} {lower}."
         )
     return TaskError(f"{name}: {type(error).__name__}: {error}{others}. {committed}")
+
+
+def asked_of(asked: Mapping[Any, dict[str, float]], key: Any) -> dict[str, float]:
+    """Return what one key of a graph asks of a worker; Dask calls it for each."""
+    return asked.get(key, {})
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gradstore.errors import GradstoreError, IntegrityError, ObjectMissingError, StorageError, TaskError
@@ -36,6 +36,9 @@ class Task:
         more.
     lower
         Keys of run.toml to lower if a worker has too little memory for it.
+    resources
+        What Dask calls resources of a worker, such as one GPU. Where some workers have it and others do not, it goes to the
+        former alone.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Task:
     after: tuple[str, ...] = ()
     smaller: Callable[[], Sequence[Task]] | None = None
     lower: tuple[str, ...] = ()
+    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,11 @@ class ClusterSection(Section):
             return int(psutil.virtual_memory().total * MEMORY_SHARE) // self.num_workers
         return parse_bytes("cluster.memory_per_worker", self.memory_per_worker)
 
+    @property
+    def model_resources(self) -> dict[str, float]:
+        """What a task that runs the model asks of its worker, in Dask's terms."""
+        return {"GPU": 1.0} if self.device == "cuda" else {}
+
     def at(self, address: str) -> ClusterSection:
         """Return the same on the workers of a scheduler, whatever the kind."""
         return ClusterSection(

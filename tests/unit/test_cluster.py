@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
+import dask
 import pytest
 
 from gradstore.cluster import Engine
-from gradstore.errors import SpecError
+from gradstore.cluster.kinds.kubernetes import read_manifest, resources
+from gradstore.cluster.kinds.settings import variables
+from gradstore.errors import ResourceError, SpecError, TaskError
 from gradstore.spec import ClusterSection
 
 
@@ -46,3 +53,131 @@ def test_a_scheduler_must_not_be_open_to_a_network() -> None:
 def test_an_address_that_no_scheduler_has_is_refused(address: str) -> None:
     with pytest.raises(SpecError, match=r"cluster\.address: found .*; accepted: tls://HOST:PORT"):
         Engine(ClusterSection(kind="scheduler", address=address))
+
+
+def batch(kind: str, **changes: Any) -> ClusterSection:
+    return ClusterSection(**{"kind": kind, "workers": 4, "memory_per_worker": "2GiB", **changes})
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": None}, r"cluster\.workers: is missing"),
+        ({"memory_per_worker": "auto"}, r"cluster\.memory_per_worker: is missing"),
+        ({"minimum": 5}, r"cluster\.minimum: found 5; accepted: 0 to cluster\.workers, which is 4"),
+    ],
+)
+def test_what_is_asked_of_other_machines_is_said(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        batch(kind, **changes)
+
+
+@pytest.mark.parametrize("section", [{}, {"kind": "scheduler", "address": "tls://host:1"}])
+def test_workers_that_nobody_starts_and_ends_have_no_least_number(section: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"cluster\.minimum: found 1 with kind"):
+        ClusterSection(minimum=1, **section)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (ClusterSection(options={"partition": "gpu"}), r"cluster\.options\.partition: unknown key; local takes no"),
+        (batch("slurm", options={"queue": "gpu"}), r"cluster\.options\.queue: unknown key; accepted for slurm: part"),
+        (batch("slurm", options={"cores": "two"}), r"cluster\.options\.cores: found 'two'; accepted: a valid integer"),
+        (batch("slurm", options={"cores": 0}), r"cluster\.options\.cores: found 0; accepted: 1 or more"),
+        (batch("slurm", options={"gpus": -1}), r"cluster\.options\.gpus: found -1; accepted: 0 or more"),
+        (batch("slurm", options={"directives": ["--mem=1\nrm"]}), r"cluster\.options\.directives: found .*; accepted"),
+        (batch("kubernetes"), r"cluster\.options\.manifest: is missing"),
+        (
+            batch("kubernetes", options={"manifest": "x", "address": "tcp://192.0.2.7:8786"}),
+            r"cluster\.options\.address: .* not on this machine and not encrypted",
+        ),
+    ],
+)
+def test_options_that_a_kind_does_not_have_are_refused_before_anything_runs(
+    section: ClusterSection, message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        Engine(section)
+
+
+def test_the_workers_of_a_scheduler_take_the_place_of_any_kind() -> None:
+    section = batch("slurm", minimum=1, device="cuda", options={"partition": "gpu"})
+    assert section.at("tls://host:1") == ClusterSection(
+        kind="scheduler", address="tls://host:1", workers=4, memory_per_worker="2GiB", device="cuda"
+    )
+
+
+def test_slurm_without_its_programs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with Engine(batch("slurm")) as engine, pytest.raises(ResourceError, match="needs the program sbatch"):
+        assert engine.client is None
+
+
+def test_settings_for_workers_elsewhere_reach_them_as_variables() -> None:
+    found = dask.config.collect_env(variables())
+    memory = found["distributed"]["worker"]["memory"]
+    assert memory == {"target": False, "spill": False, "pause": False, "terminate": 1.0}
+    nanny = dask.config.get("distributed.nanny.pre-spawn-environ", config=found)
+    assert nanny["OMP_NUM_THREADS"] == "1"
+    assert variables()["OMP_NUM_THREADS"] == "1"
+
+
+def manifest(folder: Path, text: str = "") -> str:
+    """A file with what the operator needs to see, behind another resource."""
+    path = folder / "cluster.yaml"
+    path.write_text(
+        text
+        or """
+kind: Secret
+---
+apiVersion: kubernetes.dask.org/v1
+kind: DaskCluster
+metadata: {name: small}
+spec:
+  worker: {replicas: 1, spec: {containers: [{name: worker, resources: {limits: {memory: 1Gi, nvidia.com/gpu: "1"}}}]}}
+  scheduler: {spec: {containers: [{name: scheduler}]}, service: {}}
+"""
+    )
+    return str(path)
+
+
+def test_a_dask_cluster_has_the_workers_and_the_memory_of_the_run(tmp_path: Path) -> None:
+    (cluster,) = resources(read_manifest(manifest(tmp_path)), batch("kubernetes"))
+    worker = cluster["spec"]["worker"]
+    assert worker["replicas"] == 4
+    assert worker["spec"]["containers"][0]["resources"] == {
+        "limits": {"memory": str(2 * 2**30), "nvidia.com/gpu": "1"},
+        "requests": {"memory": str(2 * 2**30)},
+    }
+
+
+def test_a_dask_cluster_that_scales_has_an_autoscaler(tmp_path: Path) -> None:
+    cluster, autoscaler = resources(read_manifest(manifest(tmp_path)), batch("kubernetes", minimum=2))
+    assert cluster["spec"]["worker"]["replicas"] == 2
+    assert autoscaler["spec"] == {"cluster": "small", "minimum": 2, "maximum": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: Deployment", "has no resource of kind"),
+        ("kind: DaskCluster", "has no metadata.name or no"),
+        ("kind: DaskCluster\nspec: [1]", "has no metadata.name or no"),
+        ("a: [", "is not readable as YAML"),
+        ("[" * 1100, "is not readable as YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "is not readable as YAML"),
+    ],
+)
+def test_a_manifest_without_a_dask_cluster_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=rf"cluster\.options\.manifest: .*{re.escape(message)}"):
+        read_manifest(manifest(tmp_path, text))
+
+
+def test_kubernetes_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section = batch("kubernetes", options={"manifest": manifest(tmp_path)})
+    with Engine(section) as engine, pytest.raises(TaskError, match="Kubernetes did not make DaskCluster small"):
+        assert engine.client is None

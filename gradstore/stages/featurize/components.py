@@ -59,6 +59,7 @@ def find_components(
             function=find_bundle,
             arguments=(spec.model_dump(), bundle, rows),
             rows=len(artifact.bundles[bundle]),
+            resources=spec.cluster.model_resources,
         )
         for bundle in artifact.missing_units()
     ]

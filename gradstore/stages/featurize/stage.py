@@ -12,7 +12,7 @@ from gradstore.groups import ParameterGroup
 from gradstore.plan import Plan, make_plan
 from gradstore.plan.resolve import make_adapter
 from gradstore.plan.sizes import SetPlan, block_tasks
-from gradstore.spec import RunSpec, content_hash, differences
+from gradstore.spec import ClusterSection, RunSpec, content_hash, differences
 from gradstore.stages.featurize.append import extend_if_grown, input_tables
 from gradstore.stages.featurize.block import featurize_blocks
 from gradstore.stages.featurize.components import find_components
@@ -136,7 +136,12 @@ def _prepare_on_workers(spec: RunSpec, engine: Engine, probe: Sequence[Example])
     """
     run = spec.model_dump()
     tasks = [
-        Task(name=f"prepare-{member}", function=prepare, arguments=(run, member, list(probe)))
+        Task(
+            name=f"prepare-{member}",
+            function=prepare,
+            arguments=(run, member, list(probe)),
+            resources=spec.cluster.model_resources,
+        )
         for member in spec.model.etas
     ]
     found = {task.arguments[1]: result for task, result in engine.run(tasks)}
@@ -228,6 +233,7 @@ def _task(run: Mapping[str, Any], feature_set: FeatureSet, label: str, blocks: S
         smaller=None if alone else lambda: [_task(run, feature_set, label, [block]) for block in blocks],
         # Both are those of the set, from its creation on.
         lower=("features.token_budget or features.block_rows (of another run.store)",),
+        resources=ClusterSection.model_validate(run["cluster"]).model_resources,
     )
 
 

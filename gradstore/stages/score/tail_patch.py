@@ -36,7 +36,8 @@ def tail_patches(
     for query in queries:
         proponents = {name: [int(row) for row in rows[query][: patch.k]] for name, rows in rankings.items()}
         arguments = (spec.run.store, spec.model_dump(), query, proponents)
-        tasks.append(Task(name=f"tail-patch-{query:04d}", function=patch_query, arguments=arguments))
+        name, resources = f"tail-patch-{query:04d}", spec.cluster.model_resources
+        tasks.append(Task(name=name, function=patch_query, arguments=arguments, resources=resources))
     changes: dict[int, dict[str, float]] = {}
     with progress.stage("tail-patch", len(tasks), "queries") as advance:
         for task, found in engine.run(tasks):
