@@ -34,6 +34,29 @@ def test_the_block_kernel_finds_topics_and_the_run_says_what_that_is_worth(demo:
     assert "Topic is not causal effect" in " ".join(printed.split())
 
 
+def test_a_text_of_ones_own_is_answered_with_articles_of_its_topic(demo: Path) -> None:
+    texts = {
+        "business": "Shares of the retailer fell 6% on Friday after it warned that annual profits would miss forecasts. The company "
+        "blamed weak sales over Christmas and higher oil prices, and said it would cut 500 jobs to save costs.",
+        "sports": "England coach Andy Robinson named an unchanged side for Saturday's Six Nations match against Wales. The captain "
+        "has recovered from a knee injury, and the prop returns to the bench.",
+        "politics": "The prime minister told MPs that the government would not raise income tax if Labour wins the general election. "
+        "Conservative leader Michael Howard accused Tony Blair of hiding plans for public spending.",
+    }
+    file = demo / "queries.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()), encoding="utf-8")
+
+    done = gradstore("query", "runs/demo", "--file", file, "--json", cwd=demo)
+
+    assert done.returncode == 0, done.stderr
+    for topic, answer in zip(texts, json.loads(done.stdout)["answers"], strict=True):
+        assert [*answer["rankings"]] == ["unweighted", "learned"]
+        for ranking in answer["rankings"].values():
+            # Chance is two of ten.
+            assert [found["label"] for found in ranking["proponents"]].count(topic) >= 6
+            assert ranking["proponents"][0]["layers"]["group"][0]["group"].startswith("model.layers.")
+
+
 def test_every_article_is_in_one_split_only(demo: Path) -> None:
     store = FeatureStore.open(str(demo / "runs" / "demo"))
     tables = [store.open_set(name).read_examples(["content_hash", "label"]) for name in ("train", "learn", "eval")]

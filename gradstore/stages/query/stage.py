@@ -109,6 +109,7 @@ def render_answers(answers: Sequence[Answer], by: By) -> list[RenderableType]:
 
 
 def _table(answer: Answer, name: str, ranking: Ranking, by: By) -> Table:
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -119,18 +120,15 @@ def _table(answer: Answer, name: str, ranking: Ranking, by: By) -> Table:
     for column in ("rank", f"score {scale.unit}".rstrip()):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("label", no_wrap=True)
-    # Only texts give way to a narrow terminal.
-    table.add_column("example, and what of the score comes through", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("example, and what of the score comes through", ratio=1)
     for side, of in (("proponents", ranking.proponents), ("opponents", ranking.opponents)):
         table.add_row("", "", "", Text(side, style="dim"))
         for place, winner in enumerate(of, start=1):
-            shown = Text(one_line(winner.text or winner.example_id, _TEXT_LENGTH))
-            table.add_row(
-                str(place),
-                scale.score(winner.score),
-                Text(one_line(winner.label or "", _LABEL_LENGTH)),
-                shown.append(f"\n{_through(answer, winner, by, scale)}", style="dim"),
-            )
+            # Of texts alone only the beginning is shown.
+            text = Text(one_line(winner.text, _TEXT_LENGTH), no_wrap=True, overflow="ellipsis")
+            through = f"{one_line(winner.example_id, _NAME_LENGTH)}: {_through(answer, winner, by, scale)}"
+            label = Text(one_line(winner.label or "", _LABEL_LENGTH))
+            table.add_row(str(place), scale.score(winner.score), label, Group(text, Text(through, style="dim")))
     return table
 
 
