@@ -255,6 +255,38 @@ def test_an_erased_row_and_a_stale_kernel_are_refused_by_the_name_of_the_store(t
         session.query(index="eval:0")
 
 
+def test_an_erased_train_example_is_no_answer_even_where_its_features_were_kept(tmp_path: Path) -> None:
+    # Of the identity there is nothing that could be stale.
+    made = made_of(random_store(tmp_path), {"kernel": {"kind": "identity"}})
+    with Session(made.url) as session:
+        best = session.query(index="eval:0", k=1).rankings["unweighted"].proponents[0]
+        erase(made, best.example_id)
+
+        answer = session.query(index="eval:0", k=ALL - 1)
+
+    assert best.row not in scores_of(answer.rankings["unweighted"].proponents)
+    assert len(answer.rankings["unweighted"].proponents) == ALL - 1
+
+
+def test_a_train_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    made = made_of(random_store(tmp_path), {})
+    block = FeatureStore.open(made.url).open_set("train").log
+    block.take_back(1, "a test")
+
+    with Session(made.url) as session, pytest.raises(NotReadyError, match="2 of 3 blocks are committed"):
+        session.query(index="eval:0")
+
+
+def test_self_influence_that_is_missing_is_refused_before_any_query() -> None:
+    made = made_of(random_store(), {"contribute": {"normalize": "cosine"}})
+    storage = FeatureStore.open(made.url).storage
+    for info in [*storage.list_objects("self-influence/block/m0/commits")]:
+        storage.delete(info.path)
+
+    with pytest.raises(NotReadyError, match=rf"{made.url}/self-influence/block/m0: is not whole"):
+        Session(made.url)
+
+
 def test_a_text_is_refused_where_the_adapter_reads_none_and_a_stored_row_is_answered(tmp_path: Path) -> None:
     store = synthetic.synthesized(tmp_path / "run")
 

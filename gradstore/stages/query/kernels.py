@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,8 +51,9 @@ def known_kernels(store: FeatureStore) -> dict[str, Settings]:
     """
     found: dict[str, Settings] = {}
     for artifact in list_artifacts(store.storage):
-        if artifact.kind in _MADE:
-            made = {key: artifact.settings[key] for key in ("kernel", "kernel_of", "normalize", "etas")}
+        keys = [field.name for field in fields(Settings)]
+        if artifact.kind in _MADE and {*keys} <= {*artifact.settings}:
+            made = {key: artifact.settings[key] for key in keys}
             found.setdefault(artifact.name.partition("/")[0].partition(".")[0], Settings(**made))
     if found:
         return found

@@ -26,7 +26,7 @@ from gradstore.store.artifacts import SelfInfluenceArtifact
 from gradstore.store.backend import open_storage
 from gradstore.store.backend.overlay import OverlayStorage, overlay_url
 from gradstore.store.examples import Example
-from gradstore.store.features import FeatureStore, KeepingReader, KeptBlocks
+from gradstore.store.features import FeatureSet, FeatureStore, KeepingReader, KeptBlocks
 
 # Memory for queries that are answered in one reading.
 _QUERY_BYTES: Final = 2**30
@@ -38,8 +38,7 @@ class Session:
     """Answers queries from a store, which is only read: what a query needs is made in memory.
 
     What is loaded and read for one query stays for the next: the model, and features of the first blocks as far as memory
-    goes. The store is that of the moment at which it was opened, as far as artifacts go; features that an erasure has
-    taken back end a query with an error.
+    goes. Where the train set is appended to or erased from meanwhile, the kernel is stale, which ends queries with an error.
 
     Parameters
     ----------
@@ -88,7 +87,6 @@ class Session:
             self._store = FeatureStore.open(self._url)
             chosen = choose_kernel(self._store, kernel)
             self._spec = query_spec(self._store, chosen, model=model, device=device)
-            self._train = self._store.open_set("train")
             names = weights_for(self._store, chosen[0], None if weights is None else [*weights])
             self._weightings = {name or UNWEIGHTED: read_weights(self._store, name) for name in (None, *names)}
             self._refuse_missing_rows()
@@ -182,8 +180,9 @@ class Session:
         finally:
             for folder in (f"features/{name}", f"queries/{kernel}/{name}", "partials"):
                 self._overlay.drop(folder)
+        train = self._train
         groups = tuple(
-            Group(name=array.name, depth=array.depth, function=array.function) for array in self._train.info.arrays
+            Group(name=array.name, depth=array.depth, function=array.function) for array in train.info.arrays
         )
         return [
             Answer(
@@ -194,7 +193,7 @@ class Session:
                 rankings=rankings,
                 groups=groups,
             )
-            for query, example, rankings in zip(called, examples, rankings_of(self._train, found), strict=True)
+            for query, example, rankings in zip(called, examples, rankings_of(train, found), strict=True)
         ]
 
     @cached_property
@@ -208,6 +207,11 @@ class Session:
             )
         refuse_other_model(self._store, adapter)
         return adapter.query_reader()
+
+    @property
+    def _train(self) -> FeatureSet:
+        """The train set as it is now."""
+        return self._store.open_set("train")
 
     @property
     def _overlay(self) -> OverlayStorage:
