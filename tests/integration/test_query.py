@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gradstore.cluster import Engine
-from gradstore.errors import ContractError, DataError, SpecError
+from gradstore.errors import ContractError, DataError, SpecError, StorageError
 from gradstore.spec import RunSpec, read_spec
 from gradstore.stages.contribute import contribute
 from gradstore.stages.featurize import featurize
@@ -20,11 +20,13 @@ from gradstore.stages.kernel import build_kernel
 from gradstore.stages.learn import learn
 from gradstore.stages.progress import Progress
 from gradstore.stages.query import Session
+from gradstore.store.backend import open_storage
 from gradstore.store.examples import from_table
 from gradstore.store.features import FeatureStore
 from tests.contributing import stored_c
 from tests.models import make_tiny_model
 from tests.runs import InThisProcess, gradstore, make_run
+from tests.servers import READER, S3Server
 
 TEXT = "bank shares profit market"
 
@@ -122,6 +124,27 @@ def test_a_text_that_is_longer_than_the_queries_is_refused_or_cut(session: Sessi
     with pytest.raises(DataError, match=r"query-1: has \d+ tokens; the store's queries have at most 24 .*--truncate"):
         session.query(long)
     assert len(session.query(long, truncate=True).text) < len(long)
+
+
+@pytest.mark.slow
+def test_a_store_on_s3_is_asked_by_one_who_may_not_write_there(
+    session: Session, finished: RunSpec, seaweed: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in seaweed.env.items():
+        monkeypatch.setenv(name, value)
+    below, url = open_storage(finished.run.store), seaweed.url("queried")
+    above = open_storage(url)
+    for info in below.list_objects(""):
+        above.publish(info.path, [below.read(info.path)])
+    for name, value in READER.items():
+        monkeypatch.setenv(name, value)
+    assert open_storage(url).list_folders("features") == ["eval", "learn", "train"]
+    with pytest.raises(StorageError):
+        open_storage(url).publish("a", [b"1"])
+
+    with Session(url) as other:
+        assert other.query(index="eval:2") == session.query(index="eval:2")
+        assert other.query(TEXT) == session.query(TEXT)
 
 
 @pytest.mark.slow
