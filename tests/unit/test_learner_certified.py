@@ -292,7 +292,6 @@ def test_kept_rows_are_in_order_and_each_is_held_once() -> None:
 
 def test_memory_beside_the_kept_rows_does_not_grow_with_rows() -> None:
     settings = [LearnerSettings(k=20, weight_decay=decay, epochs=4) for decay in np.linspace(0, 1, 20).tolist()]
-    certify(contributions(), LearnerSettings(epochs=1))  # torch imports much at its first step
     peaks = []
     for num_rows in (10_000, 40_000):
         c = np.random.default_rng(0).standard_normal((1, num_rows, 32)).astype(np.float32)

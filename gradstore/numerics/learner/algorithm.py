@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64, Int64
 
 from gradstore.errors import DataError, SpecError
@@ -22,6 +21,9 @@ from gradstore.numerics.scores import Transform
 # Q queries, N rows of a piece, M groups, K rows raised.
 
 INITIAL_DEVIATION = 0.01
+# Of AdamW, for the mean of gradients and of their squares, and what is added to the root of the latter: torch's defaults.
+ADAM_DECAYS = 0.9, 0.999
+ADAM_EPSILON = 1e-8
 # Weights to begin with are at least this part of their mean: w_raw of 0 would be infinite.
 LEAST_START = 1e-3
 
@@ -132,7 +134,12 @@ def initial_raw_weights(num_groups: int, *, seed: int) -> Float64[np.ndarray, " 
 
 def initial_weights(num_groups: int, *, seed: int) -> Float64[np.ndarray, " M"]:
     """Weights at the start, softmax(w_raw)."""
-    weights_M = np.exp(initial_raw_weights(num_groups, seed=seed))
+    return softmax(initial_raw_weights(num_groups, seed=seed))
+
+
+def softmax(raw_M: Float64[np.ndarray, " M"]) -> Float64[np.ndarray, " M"]:
+    """Positive numbers that sum to 1, in the ratios of exp(w_raw)."""
+    weights_M = np.exp(raw_M - raw_M.max())
     return np.asarray(weights_M / weights_M.sum())
 
 
@@ -228,6 +235,11 @@ class Descent:
         Q and M.
     settings
         See `LearnerSettings`.
+
+    Attributes
+    ----------
+    weights
+        The current w = softmax(w_raw).
     """
 
     def __init__(self, *, num_queries: int, num_groups: int, settings: LearnerSettings) -> None:
@@ -236,17 +248,13 @@ class Descent:
             if settings.start is None
             else raw_weights(np.array(settings.start), num_groups)
         )
-        self._raw = torch.nn.Parameter(torch.from_numpy(raw_M))
-        self._optimizer = torch.optim.AdamW([self._raw], lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        self._learning_rate = settings.learning_rate
+        self._raw_M = raw_M
+        self._mean_M, self._square_M = np.zeros(num_groups), np.zeros(num_groups)
+        self._settings = settings
         self._normalized = settings.objective != "unnormalized"
         self._total_visits = settings.epochs * num_queries
-        self._visits = 0
-
-    @property
-    def weights(self) -> Float64[np.ndarray, " M"]:
-        """The current w = softmax(w_raw)."""
-        return torch.softmax(self._raw.detach(), 0).numpy()
+        self._visits, self._steps = 0, 0
+        self.weights = softmax(raw_M)
 
     def step(self, visit: Visit | None) -> float:
         """Take one step, unless there is nothing to raise or the scores are all zero, and return the loss that was met."""
@@ -255,10 +263,19 @@ class Descent:
         if visit is None or visit.norm == 0:
             return math.nan
         loss, gradient_M = loss_and_gradient(visit, self.weights, normalized=self._normalized)
-        self._optimizer.param_groups[0]["lr"] = self._learning_rate * (1 + cosine) / 2
-        self._raw.grad = torch.from_numpy(gradient_M)
-        self._optimizer.step()
+        self._move(gradient_M, self._settings.learning_rate * (1 + cosine) / 2)
         return loss
+
+    def _move(self, gradient_M: Float64[np.ndarray, " M"], rate: float) -> None:
+        """One step of AdamW (arXiv 1711.05101, algorithm 2) as torch has it, whose own takes longer than all else of a visit."""
+        self._steps += 1
+        of_mean, of_square = ADAM_DECAYS
+        self._mean_M = of_mean * self._mean_M + (1 - of_mean) * gradient_M
+        self._square_M = of_square * self._square_M + (1 - of_square) * np.square(gradient_M)
+        size_M = np.sqrt(self._square_M / (1 - of_square**self._steps)) + ADAM_EPSILON
+        decayed_M = (1 - rate * self._settings.weight_decay) * self._raw_M
+        self._raw_M = decayed_M - rate / (1 - of_mean**self._steps) * self._mean_M / size_M
+        self.weights = softmax(self._raw_M)
 
 
 class _Best:

@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float64, Int64
 
 from gradstore.errors import SpecError
-from gradstore.numerics.learner.algorithm import loss_and_gradient, raw_weights, refuse_no_query
+from gradstore.numerics.learner.algorithm import loss_and_gradient, raw_weights, refuse_no_query, softmax
 from gradstore.numerics.learner.certificate import Certificate, certify
 from gradstore.numerics.learner.kept import KeptRows, Piece
 from gradstore.numerics.learner.positives import given_positives
@@ -221,13 +220,15 @@ class _Function:
 
     def __call__(self, raw_M: Float64[np.ndarray, " M"]) -> tuple[float, Float64[np.ndarray, " M"]]:
         """F and its gradient."""
-        loss, gradient_M = self.loss(_softmax(raw_M), epoch=1)
+        loss, gradient_M = self.loss(softmax(raw_M), epoch=1)
         apart_M, decay = raw_M - raw_M.mean(), self._settings.weight_decay
         value = loss / self._scale + decay / 2 * float(np.square(apart_M).mean())
         return value, gradient_M / self._scale + decay * apart_M / len(raw_M)
 
 
 def _minimise(settings: FullBatchSettings, function: _Function, num_groups: int) -> _Minimum:
+    import torch
+
     start_M = np.ones(num_groups) if settings.start is None else np.array(settings.start)
     raw = torch.nn.Parameter(torch.from_numpy(raw_weights(start_M, num_groups)))
 
@@ -256,10 +257,5 @@ def _minimise(settings: FullBatchSettings, function: _Function, num_groups: int)
         if gradient <= settings.tolerance or iterations >= settings.max_iterations or not value < least:
             break
         least = value
-    weights_M = _softmax(raw.detach().numpy())
+    weights_M = softmax(raw.detach().numpy())
     return _Minimum(weights_M, function.loss(weights_M, epoch=1)[0], gradient, iterations)
-
-
-def _softmax(raw_M: Float64[np.ndarray, " M"]) -> Float64[np.ndarray, " M"]:
-    weights_M = np.exp(raw_M - raw_M.max())
-    return np.asarray(weights_M / weights_M.sum())
