@@ -43,7 +43,7 @@ from gradstore.plan.sizes import (
     gigabytes,
 )
 from gradstore.plan.stages import stage_plans
-from gradstore.spec import RunSpec
+from gradstore.spec import RunSpec, key_of
 from gradstore.store.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ LOWER = {
     "contribute": "data.learn.rows, data.eval.rows, features.block_rows or the projection's rank, or sweep fewer dampings",
     "score": "score.tail_patch.k, or set score.tail_patch.queries = 0",
 }
-CLIENT_QUERIES = {"learn": "learn", "score": "eval"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,9 +225,11 @@ def _refuse_too_little_memory(spec: RunSpec, plan: Plan) -> None:
     worst = max(plan.stages, key=lambda stage: stage.client_memory_bytes)
     # On a cluster of machines the plan may be made on another one than the run is started from: there it is a note.
     if spec.cluster.kind == "local" and worst.client_memory_bytes > psutil.virtual_memory().total:
+        read = spec.data.learn_sets() if worst.name == "learn" else ("eval",)
+        most = max(read, key=lambda name: plan.sets[name].rows)
         raise ResourceError(
             f"{worst.name} needs {gigabytes(worst.client_memory_bytes)} in the process that runs it, this machine has "
-            f"{gigabytes(psutil.virtual_memory().total)}. Lower data.{CLIENT_QUERIES[worst.name]}.rows or data.train.rows."
+            f"{gigabytes(psutil.virtual_memory().total)}. Lower {key_of(most)}.rows or data.train.rows."
         )
 
 

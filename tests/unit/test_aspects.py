@@ -235,21 +235,28 @@ def test_what_is_built_of_the_others_has_the_same_bits_whatever_aspects_there_ar
     assert MomentsArtifact.find_named(both.storage, "block", "eval") is None
 
 
-def test_an_aspect_that_is_added_is_all_that_is_built() -> None:
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 2e-5), ("float16", 2e-3)])
+def test_an_aspect_that_is_added_is_all_that_is_built(dtype: str, close: float) -> None:
     store, tasks = make_store(rows=WITH_STYLE), list[str]()
+    settings = {"contribute": {"dtype": dtype}}
 
     class Counting(InThisProcess):
         def run(self, given: Any) -> Any:
             tasks.extend(task.name for task in given)
             return super().run(given)
 
-    run(make_spec(store))
+    run(make_spec(store, **settings))
     before = ContributionArtifact.open(store.storage, "block", "learn").log.require(0, "there").attempt
-    run(make_spec(store, data={"aspects": STYLE}), Counting())
+    run(make_spec(store, **settings, data={"aspects": STYLE}), Counting())
 
-    assert tasks == ["queries-block-learn-style-m0", *(f"contribute-block-learn-style-{n:06d}" for n in range(3))]
+    scaled = ["scales-block"] if dtype == "float16" else []
+    spans = [f"contribute-block-learn-style-{block:06d}" for block in range(3)]
+    assert tasks == ["queries-block-learn-style-m0", *scaled, *spans]
     assert ContributionArtifact.open(store.storage, "block", "learn").log.require(0, "there").attempt == before
-    np.testing.assert_allclose(stored_c(store, "learn-style"), expected_c(store, "learn-style"), rtol=2e-5, atol=1e-6)
+    expected = expected_c(store, "learn-style")
+    np.testing.assert_allclose(
+        stored_c(store, "learn-style"), expected, rtol=close, atol=close * np.abs(expected).max()
+    )
 
 
 def test_passes_cut_the_queries_of_an_aspect_by_themselves() -> None:
