@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from gradstore.stages.query import Session
 from gradstore.store.examples import from_table
 from gradstore.store.features import FeatureStore
 from tests.runs import gradstore
@@ -55,6 +56,26 @@ def test_the_features_are_the_gradients_of_the_users_own_output(finished: Path) 
         predicted = float(weights["2.weight"].numpy()[0] @ hidden) + float(weights["2.bias"])
         assert loss == pytest.approx((predicted - y) ** 2, rel=1e-4, abs=1e-6)
         assert label == ("above" if y > 0 else "below")
+
+
+def test_a_new_example_is_answered_as_a_stored_query_of_its_inputs(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(finished))
+    url = str(finished / "store")
+    example = from_table(FeatureStore.open(url).open_set("eval").read_inputs(0))[3]
+
+    with Session(url) as session:
+        new = session.query(record={"inputs": example.inputs}, k=5)
+        stored = session.query(index="eval:3", k=5)
+
+    for name, ranking in stored.rankings.items():
+        assert [found.row for found in new.rankings[name].proponents] == [found.row for found in ranking.proponents]
+        np.testing.assert_allclose(
+            [found.score for found in new.rankings[name].proponents],
+            [found.score for found in ranking.proponents],
+            rtol=1e-3,
+        )
 
 
 def test_an_edit_of_the_code_is_refused_by_the_store(finished: Path, tmp_path: Path) -> None:

@@ -186,6 +186,20 @@ def test_examples_survive_the_store(module: str) -> None:
             assert after.inputs[name].dtype == array.dtype
 
 
+def test_a_query_is_a_record_as_the_users_examples_are(module: str) -> None:
+    read = own(f"{module}:Task").query_reader()
+    records = [{"inputs": {"x": [[1.0, 2.0, 3.0]], "y": 1}}, {"id": "mine", "inputs": {"x": np.zeros((2, 3)), "y": 0}}]
+
+    first, second = read(records, truncate=False)
+
+    assert (first.example_id, second.example_id, second.size) == ("query:0", "mine", 6)
+    np.testing.assert_array_equal(first.inputs["x"], [[1.0, 2.0, 3.0]])
+    with pytest.raises(DataError, match=r"example 0 .*: found text; accepted: a mapping with inputs"):
+        read([{"text": "a text"}], truncate=False)
+    with pytest.raises(DataError, match=r"input 'y' of query:1 is float64 \[\], of query:0 int64 \[\]"):
+        read([records[0], {"inputs": {"x": [[0.0] * 3], "y": 0.5}}], truncate=False)
+
+
 def test_a_model_is_in_float32_and_evaluation_mode_without_dropout_and_keeps_its_ties(module: str) -> None:
     for device in ("cpu", "meta"):
         model = own(f"{module}:Task").load(device)

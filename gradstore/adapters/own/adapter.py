@@ -13,8 +13,8 @@ import numpy as np
 
 from gradstore.adapters.models.functions import find_function, source_file, users_code
 from gradstore.adapters.models.modules import fill
-from gradstore.adapters.own.splits import MASK, split_own
-from gradstore.adapters.protocol import Examples
+from gradstore.adapters.own.splits import MASK, own_queries, split_own
+from gradstore.adapters.protocol import Examples, QueryReader
 from gradstore.errors import SpecError
 from gradstore.spec import DataSection, ModelSection, SplitSection, content_hash, key_of, resolve_kind
 from gradstore.store.examples import Example
@@ -126,6 +126,15 @@ class OwnAdapter:
         examples = split_own(self.data, self.seed, f"{self.model.adapter}.examples", self._read)
         self._refuse_failing(examples)
         return examples
+
+    def query_reader(self) -> QueryReader:
+        """Return what makes examples of records as the user's adapter yields them; nothing of them is cut."""
+
+        def read(records: Sequence[Mapping[str, Any]], *, truncate: bool) -> list[Example]:
+            del truncate
+            return own_queries(records, self.data, self.seed, f"{self.model.adapter}.examples")
+
+        return read
 
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return what the user's ``output`` makes of a batch [B]."""

@@ -18,6 +18,8 @@ from gradstore.store.examples import Example, hash_inputs
 MASK: Final = "_mask"
 """What the name of an input's mask ends in."""
 _KEYS: Final = ("id", "inputs", "label", "text", "size")
+# What stands for a source of queries.
+_QUERY: Final = "query"
 _NUMBERS: Final = "biuf"
 
 Reader = Callable[[str, str], Iterator[Any]]
@@ -62,6 +64,20 @@ def split_own(data: DataSection, seed: int, name: str, read: Reader) -> Examples
     )
 
 
+def own_queries(records: Sequence[Mapping[str, Any]], data: DataSection, seed: int, name: str) -> list[Example]:
+    """Return the examples of queries: records as a user's adapter, ``name``, yields them. Nothing of them is cut.
+
+    Raises
+    ------
+    DataError
+        If one is not what a mapping of an example has to be, or inputs differ in type or shape.
+    """
+    source = _Source(source=_QUERY, split="eval", function=name, data=data, seed=seed)
+    examples = [source.example(record, place) for place, record in enumerate(records)]
+    _refuse_different_inputs({"eval": examples})
+    return examples
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
     """One source, as the first split that names it reads it."""
@@ -74,7 +90,7 @@ class _Source:
 
     def take(self, given: Iterator[Any], limit: int | None) -> tuple[list[Example], SourceFacts]:
         """The first ``limit`` rows, or all, in the order in which splits take them."""
-        examples = (self._example(item, place) for place, item in enumerate(given))
+        examples = (self.example(item, place) for place, item in enumerate(given))
         found: list[Example] = []
         counts = {"documents": 0, "duplicates": 0}
         found = list(islice(self._distinct(self._ordered(examples), counts), limit))
@@ -117,7 +133,8 @@ class _Source:
             hashes.add(example.content_hash)
             yield example
 
-    def _example(self, given: Any, place: int) -> Example:
+    def example(self, given: Any, place: int) -> Example:
+        """The example of what the user's adapter yields in some place."""
         where = f"{key_of(self.split)}: example {place} that {self.function} yields for {self.source}"
         if not isinstance(given, Mapping) or "inputs" not in given:
             found = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
