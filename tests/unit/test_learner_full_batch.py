@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from gradstore.errors import DataError, SpecError
-from gradstore.numerics.learner import FullBatchSettings, FullBatchWeights, KeptRows, Objective, learn_full_batch
+from gradstore.numerics.learner import (
+    FullBatch,
+    FullBatchSettings,
+    FullBatchWeights,
+    KeptRows,
+    Objective,
+    learn_full_batch,
+)
+from gradstore.numerics.moments import first_guess, kept_rows
+from gradstore.numerics.scores import Transform
 from tests import oracle
 
 PLENTY = 2**40
@@ -135,6 +144,25 @@ def test_whatever_rows_are_kept_first_it_is_a_minimum_with_the_whole_of_c(rows: 
         np.testing.assert_allclose(slopes(function(c, each), np.log(found.weights)), 0, atol=1e-6)
         assert found.certificate.reads == len(found.certificate.added)
         assert (found.certificate.added[0] > 0) == (len(rows) < 60)
+
+
+@pytest.mark.parametrize("transform", ["none", "square"])
+def test_from_the_best_rows_of_uniform_weights_it_is_the_minimum_of_all_rows_in_any_order(transform: Transform) -> None:
+    c = contributions(num_rows=500)
+    other = c[:, np.random.default_rng(0).permutation(500)]
+    settings = [FullBatchSettings(k=k, weight_decay=0.02, transform=transform) for k in (3, 10)]
+
+    def solved(c: np.ndarray, count: int) -> FullBatch:
+        second_moments, kept = first_guess(reader(c), np.full(5, 0.2), count=count, transform=transform, num_queries=6)
+        return learn_full_batch(second_moments, kept, reader(c), settings=settings, limit_bytes=PLENTY)
+
+    whole, found, permuted = solved(c, 500), solved(c, kept_rows(1)), solved(other, kept_rows(1))
+
+    for place in range(2):
+        expected = whole.certified[place].weights
+        np.testing.assert_allclose(found.certified[place].weights, expected, atol=1e-5)
+        np.testing.assert_allclose(permuted.certified[place].weights, expected, atol=1e-5)
+    assert found.certified[1].certificate.added[0] > 0
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
