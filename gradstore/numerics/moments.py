@@ -160,7 +160,7 @@ def read_best_rows(
     DataError
         If C holds NaN or infinite values.
     """
-    best = [_Best(weights_M, count=count, transform=transform) for _ in range(num_queries)]
+    best = [_BestRows(weights_M, count=count, transform=transform) for _ in range(num_queries)]
     for first, rows_N, c_QNM in read():
         for query, c_NM in enumerate(c_QNM, first):
             best[query].offer(query, rows_N, c_NM)
@@ -168,8 +168,11 @@ def read_best_rows(
     return KeptRows([rows_K for rows_K, _ in chosen], [c_KM for _, c_KM in chosen], num_groups=len(weights_M))
 
 
-class _Best:
-    """One query's best rows so far, and those collected since they were last chosen."""
+class _BestRows:
+    """One query's best rows so far, and those collected since they were last chosen.
+
+    Exact, and in any order of rows, as `Candidates` is not: these choose as C is built, at the speed of float32.
+    """
 
     def __init__(self, weights_M: Float64[np.ndarray, " M"], *, count: int, transform: Transform) -> None:
         self._weights_M = weights_M

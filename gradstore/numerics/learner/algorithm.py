@@ -80,8 +80,8 @@ def learn_weights(
     norm; ``gap``, the sum of the two; ``unnormalized``, the first without its norm, which there is unstable; or ``pairs``,
     which has the mean score of given rows in place of the top k. One AdamW step per visit, E visits to every query. Scores are
     float64. Of rows with equal scores at the k-th place the first is taken. A query whose scores are all zero, or which has no
-    given rows, takes no step, but counts for the learning rate. Where scores are squared in the end (DAS), the top k are those of the largest abs(S), and their mean
-    is that of abs(S); the norm is the same.
+    given rows, takes no step, but counts for the learning rate. Where scores are squared in the end (DAS), the top k are those
+    of the largest abs(S), and their mean, or that of given rows, is that of abs(S); the norm is the same.
 
     Parameters
     ----------

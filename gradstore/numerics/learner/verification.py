@@ -14,7 +14,7 @@ from gradstore.numerics.learner.trajectory import TIE, Trajectory
 # Q queries, N rows of a piece or slice, M groups, V open visits of one query over all settings, E of them of one setting,
 # T visits of a setting, F rows found, X rows kept and found.
 
-# Products of a few visits are at most this many at once: one more than the thread that reads ahead leaves idle of two cores.
+# Scores of a few visits take longer than reading the rows ahead: on two cores, two threads use the time that reading leaves.
 THREADS = 2
 # Found rows are thinned out once there are so many since the last time, and half as many as are held.
 ROWS_BEFORE_THINNING = 64
