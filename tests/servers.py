@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,11 +63,11 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @contextmanager
-def running_seaweed(folder: Path) -> Iterator[S3Server]:
-    """Run a real SeaweedFS on free ports of the loopback, with what it stores in ``folder``."""
+def running_seaweed(folder: Path, access: Mapping[str, Any] | None = None) -> Iterator[S3Server]:
+    """Run a real SeaweedFS on free ports of the loopback, with what it stores in ``folder``; ``access`` says who may do what."""
     ports = dict(zip(("s3", "master", "volume", "filer", "admin"), free_ports(5), strict=True))
     identities = folder / "identities.json"
-    identities.write_text(json.dumps({"identities": IDENTITIES}))
+    identities.write_text(json.dumps(access or {"identities": IDENTITIES}))
     server = S3Server(
         endpoint=f"http://127.0.0.1:{ports['s3']}",
         bucket=BUCKET,
