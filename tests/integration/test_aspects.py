@@ -13,6 +13,7 @@ import pytest
 
 from gradstore.adapters.synthetic import Synthetic
 from gradstore.cluster import Engine
+from gradstore.errors import ContractError
 from gradstore.opening import open_contributions, open_features
 from gradstore.plan import make_plan
 from gradstore.plan.resolve import make_adapter
@@ -72,6 +73,10 @@ def test_an_aspect_that_is_added_to_a_finished_run_leaves_all_that_is_there_as_i
     assert sum(stage.objects for stage in make_plan(spec).stages) == len(after)
 
     grown = spec_of(tmp_path, {**ASPECTS, "data.aspects.subject": {"rows": 6}})
+    with pytest.raises(
+        ContractError, match=r"has 5 examples, data.aspects.subject has 1 more after them. Add --append"
+    ):
+        featurize(grown, cast(Engine, InThisProcess()), QUIET)
     featurize(grown, cast(Engine, InThisProcess()), QUIET, append=True)
 
     assert store.open_set("learn-subject").info.num_examples == 6

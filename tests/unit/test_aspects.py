@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gradstore.adapters.diffusion.adapter import Diffusion
+from gradstore.adapters.own.splits import split_own
 from gradstore.adapters.text.splits import split_examples
 from gradstore.cluster import Engine
 from gradstore.errors import DataError, SpecError
@@ -168,6 +169,36 @@ def test_joined_rows_are_the_same_whatever_rows_of_them_an_aspect_shares(tmp_pat
 
     assert {name: shared[name] for name in alone} == alone
     assert shared["learn-style"] == alone["learn"][1:2]
+
+
+def test_a_model_goes_on_from_training_texts_for_an_aspect_too(tmp_path: Path) -> None:
+    prompted = {"generate": {"prompts": "train", "prompt_tokens": 8, "new_tokens": 2}, "rows": 1, "length": 10}
+
+    found = texts(tmp_path, learn=prompted, eval=prompted, aspects={"style": prompted})
+
+    # The writer counts up from the last letter of the prompt.
+    assert [found[name] for name in ("learn", "eval", "learn-style")] == [["^text 012"], ["^text 123"], ["^text 234"]]
+
+
+def test_the_source_of_an_aspect_is_asked_of_an_adapter_of_ones_own() -> None:
+    held = {"numbers": range(9), "odd": (3, 11)}
+    splits: dict[str, Any] = {"train": {"rows": 3}, "learn": {"rows": 2}, "eval": {"rows": 2}}
+
+    def read(source: str, split: str) -> Iterator[Any]:
+        return iter([{"id": f"{source}-{n}", "inputs": {"x": n}} for n in held[source]])
+
+    def examples(**splits: Any) -> dict[str, list[str]]:
+        data = DataSection.model_validate({"source": "numbers", "shuffle": False, **splits})
+        found = split_own(data, 0, "own:adapter", read).splits
+        return {name: [example.example_id for example in rows] for name, rows in found.items()}
+
+    found = examples(**splits, aspects={"one": {"rows": 1}, "two": {"source": "odd"}})
+
+    assert (found["learn-one"], found["learn-two"]) == (["numbers-7"], ["odd-3", "odd-11"])
+    with pytest.raises(
+        DataError, match=r"data.aspects.two: odd-3 of odd has the inputs of numbers-3 of numbers in data.train"
+    ):
+        examples(**{**splits, "train": {"rows": 4}, "learn": {"rows": 1}}, aspects={"two": {"source": "odd"}})
 
 
 def test_images_of_an_aspect_leave_the_order_of_the_classes_as_it_is(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gradstore.errors import ContractError
+from gradstore.spec import key_of
 from gradstore.stages.progress import Progress
 from gradstore.store.examples import Example, data_hash, to_table
 from gradstore.store.features import FeatureStore, SetInfo
@@ -31,7 +32,7 @@ def extend_if_grown(
     where = f"{store.storage.url}/{extended.folder}"
     if not append:
         raise ContractError(
-            f"{where}: has {len(rows) - len(added):,} examples, data.{name} has {len(added):,} more after them. Add --append "
+            f"{where}: has {len(rows) - len(added):,} examples, {key_of(name)} has {len(added):,} more after them. Add --append "
             "to append those, restore the data, or choose another run.store."
         )
     progress.note(f"features/{name}: appending {len(added):,} examples from row {extended.rows - len(added):,} on")
