@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from tests.contributing import stored_c
 from tests.models import make_tiny_model
 from tests.runs import InThisProcess, gradstore, make_run
 from tests.servers import READER, S3Server
+from tests.tasks import write_own_run
 
 TEXT = "bank shares profit market"
 
@@ -124,6 +126,24 @@ def test_a_text_that_is_longer_than_the_queries_is_refused_or_cut(session: Sessi
     with pytest.raises(DataError, match=r"query-1: has \d+ tokens; the store's queries have at most 24 .*--truncate"):
         session.query(long)
     assert len(session.query(long, truncate=True).text) < len(long)
+
+
+def test_queries_that_are_not_finite_are_refused_where_the_stores_own_may_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = read_spec(write_own_run(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = run.model_copy(update={"features": run.features.model_copy(update={"max_invalid": 0.9})})
+    for stage in (featurize, build_kernel):
+        stage(spec, cast(Engine, InThisProcess()), Progress(quiet=True))
+
+    with (
+        Session(spec.run.store) as session,
+        pytest.raises(DataError, match=r"^second: the model's output or gradient is not finite"),
+    ):
+        session.query_all(
+            [{"id": name, "inputs": {"x": [x, 1.0, 1.0]}} for name, x in (("first", 1.0), ("second", nan))]
+        )
 
 
 @pytest.mark.slow

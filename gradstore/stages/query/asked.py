@@ -88,6 +88,11 @@ def featurize_examples(store: FeatureStore, spec: RunSpec, examples: Sequence[Ex
     made = store.create_set(info, [to_table(examples, 0)])
     for member in made.info.members:
         featurize_blocks(spec.run.store, spec.model_dump(), (made.info.name, member), [0])
+        # A set may have some such rows; of a query it is the answer that would be missing.
+        valid = made.of_member(member).valid_rows()
+        if not valid.all():
+            names = [example.example_id for example, is_valid in zip(examples, valid, strict=True) if not is_valid]
+            raise DataError(f"{', '.join(names)}: the model's output or gradient is not finite. Leave it out.")
     return made.info.name
 
 
