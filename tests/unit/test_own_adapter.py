@@ -188,7 +188,10 @@ def test_examples_survive_the_store(module: str) -> None:
 
 def test_a_query_is_a_record_as_the_users_examples_are(module: str) -> None:
     read = own(f"{module}:Task").query_reader()
-    records = [{"inputs": {"x": [[1.0, 2.0, 3.0]], "y": 1}}, {"id": "mine", "inputs": {"x": np.zeros((2, 3)), "y": 0}}]
+    records: list[dict[str, Any]] = [
+        {"inputs": {"x": [[1.0, 2.0, 3.0]], "y": 1}},
+        {"id": "mine", "inputs": {"x": np.zeros((2, 3)), "y": 0}},
+    ]
 
     first, second = read(records, truncate=False)
 
