@@ -8,7 +8,7 @@ import dask
 import pytest
 
 from gradstore.cluster import Engine
-from gradstore.cluster.kinds.kubernetes import read_manifest, resources
+from gradstore.cluster.kinds.kubernetes import read_manifest, sized, wanted_workers
 from gradstore.cluster.kinds.settings import variables
 from gradstore.errors import ResourceError, SpecError, TaskError
 from gradstore.spec import ClusterSection
@@ -144,7 +144,7 @@ spec:
 
 
 def test_a_dask_cluster_has_the_workers_and_the_memory_of_the_run(tmp_path: Path) -> None:
-    (cluster,) = resources(read_manifest(manifest(tmp_path)), batch("kubernetes"))
+    cluster = sized(read_manifest(manifest(tmp_path)), batch("kubernetes"))
     worker = cluster["spec"]["worker"]
     assert worker["replicas"] == 4
     assert worker["spec"]["containers"][0]["resources"] == {
@@ -153,10 +153,19 @@ def test_a_dask_cluster_has_the_workers_and_the_memory_of_the_run(tmp_path: Path
     }
 
 
-def test_a_dask_cluster_that_scales_has_an_autoscaler(tmp_path: Path) -> None:
-    cluster, autoscaler = resources(read_manifest(manifest(tmp_path)), batch("kubernetes", minimum=2))
-    assert cluster["spec"]["worker"]["replicas"] == 2
-    assert autoscaler["spec"] == {"cluster": "small", "minimum": 2, "maximum": 4}
+def test_a_dask_cluster_that_scales_begins_with_the_least(tmp_path: Path) -> None:
+    found = read_manifest(manifest(tmp_path))
+    assert sized(found, batch("kubernetes", minimum=2))["spec"]["worker"]["replicas"] == 2
+    # None would never be asked for its work.
+    assert sized(found, batch("kubernetes", minimum=0))["spec"]["worker"]["replicas"] == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "now", "idle", "expected"),
+    [(9, 2, 0.0, 4), (3, 2, 0.0, 3), (1, 4, 0.0, 4), (0, 4, 59.0, 4), (0, 4, 60.0, 1), (0, 1, 600.0, 1)],
+)
+def test_workers_come_with_work_and_go_when_all_is_done(target: int, now: int, idle: float, expected: int) -> None:
+    assert wanted_workers(target, now, idle, (1, 4)) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from gradstore.cluster.kinds import refuse_cluster
-from gradstore.cluster.kinds.kubernetes import read_manifest, resources
+from gradstore.cluster.kinds.kubernetes import read_manifest, sized
 from gradstore.cluster.kinds.settings import PROCESS, SCHEDULER, WORKER
 from gradstore.spec import ClusterSection
 
@@ -147,7 +147,7 @@ def test_a_manifest_is_what_its_schema_allows(manifest: dict[str, Any]) -> None:
     if manifest["kind"] == "DaskCluster":
         jsonschema.validate(manifest, operators_schema())
         section = ClusterSection(kind="kubernetes", workers=3, minimum=1, memory_per_worker="8GiB")
-        jsonschema.validate(resources(manifest, section)[0], operators_schema())
+        jsonschema.validate(sized(manifest, section), operators_schema())
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "worker"}, "spec": pods()[0]}
     kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
 
@@ -245,7 +245,7 @@ def test_the_manifest_of_kubernetes_is_one_that_a_run_takes() -> None:
         options={"manifest": str(DEPLOY / "kubernetes" / "cluster.yaml")},
     )
     refuse_cluster(section)
-    assert resources(read_manifest(section.options["manifest"]), section)[0]["spec"]["worker"]["replicas"] == 2
+    assert sized(read_manifest(section.options["manifest"]), section)["spec"]["worker"]["replicas"] == 2
 
 
 def test_links_of_the_readmes_lead_somewhere() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +24,11 @@ API = "kubernetes.dask.org/v1"
 PORT = 8786
 # Nodes may have to be started and an image pulled.
 STARTS_WITHIN_SECONDS = 900.0
+SCALE_SECONDS = 10.0
+IDLE_SECONDS = 60.0
+# What Dask takes a task to last before one has been timed: a worker is asked for each.
+TASK_SECONDS = "0.5s"
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +66,18 @@ def on_kubernetes(section: ClusterSection, stack: ExitStack) -> Client:
     options = resolve_kind({"kubernetes": KubernetesOptions}, "kubernetes", section.options, "cluster.options")
     manifest = read_manifest(options.manifest)
     name = manifest["metadata"]["name"]
-    for wanted in resources(manifest, section):
-        _create(wanted, options.namespace, stack)
+    made = _create(sized(manifest, section), options.namespace, stack)
+    client = _connect(name, options, stack)
+    if section.minimum is not None:
+        stopped = threading.Event()
+        thread = threading.Thread(target=_scale, args=(client, made, section, stopped), daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(stopped.set)
+    return client
+
+
+def _connect(name: str, options: KubernetesOptions, stack: ExitStack) -> Client:
     address = options.address or f"tls://{name}-scheduler.{options.namespace}.svc.cluster.local:{PORT}"
     deadline = time.monotonic() + STARTS_WITHIN_SECONDS
     while True:
@@ -103,25 +120,46 @@ def read_manifest(path: str) -> dict[str, Any]:
     raise SpecError(f'cluster.options.manifest: {path} has no resource of kind "DaskCluster".')
 
 
-def resources(manifest: dict[str, Any], section: ClusterSection) -> list[dict[str, Any]]:
-    """Return what is made: the DaskCluster with the workers and memory of [cluster], and with ``minimum`` what scales it."""
+def sized(manifest: dict[str, Any], section: ClusterSection) -> dict[str, Any]:
+    """Return a DaskCluster with the workers and the memory of [cluster]; with ``minimum``, as many as it begins with."""
     cluster = copy.deepcopy(manifest)
-    worker = cluster["spec"]["worker"]
-    worker["replicas"] = section.num_workers if section.minimum is None else max(1, section.minimum)
-    container = _container(cluster)
-    limits = container.setdefault("resources", {})
+    cluster["spec"]["worker"]["replicas"] = section.num_workers if section.minimum is None else max(1, section.minimum)
+    limits = _container(cluster).setdefault("resources", {})
     for kind in ("limits", "requests"):
         limits[kind] = {**limits.get(kind, {}), "memory": str(section.worker_memory_bytes)}
-    if section.minimum is None:
-        return [cluster]
-    name = cluster["metadata"]["name"]
-    autoscaler = {
-        "apiVersion": API,
-        "kind": "DaskAutoscaler",
-        "metadata": {"name": name},
-        "spec": {"cluster": name, "minimum": section.minimum, "maximum": section.num_workers},
-    }
-    return [cluster, autoscaler]
+    return cluster
+
+
+def wanted_workers(target: int, now: int, idle_seconds: float, limits: tuple[int, int]) -> int:
+    """Return how many workers there should be: more as soon as there is work, the least after some time without any.
+
+    Which pod ends is the operator's choice, and it may be one at work: so none ends before all work is done.
+    """
+    minimum, maximum = limits
+    if target > now:
+        return min(target, maximum)
+    return minimum if idle_seconds >= IDLE_SECONDS else now
+
+
+def _scale(client: Client, made: Any, section: ClusterSection, stopped: threading.Event) -> None:
+    """Ask for workers as there is work, until stopped.
+
+    The operator's own DaskAutoscaler asks the scheduler without encryption, and is not answered.
+    """
+    assert section.minimum is not None, "only then is there something to scale"
+    now, idle_since = max(1, section.minimum), time.monotonic()
+    while not stopped.wait(SCALE_SECONDS):
+        try:
+            target = client.sync(client.scheduler.adaptive_target, target_duration=TASK_SECONDS)
+            if target:
+                idle_since = time.monotonic()
+            idle = time.monotonic() - idle_since
+            if (wanted := wanted_workers(target, now, idle, (section.minimum, section.num_workers))) != now:
+                made.patch({"spec": {"worker": {"replicas": wanted}}})
+                now = wanted
+        # It is asked again; that the scheduler or Kubernetes is gone for good is told by what needs them.
+        except Exception as error:
+            _LOGGER.warning("workers are not scaled: %s", error)
 
 
 def _container(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +167,7 @@ def _container(manifest: dict[str, Any]) -> dict[str, Any]:
     return container
 
 
-def _create(resource: dict[str, Any], namespace: str, stack: ExitStack) -> None:
+def _create(resource: dict[str, Any], namespace: str, stack: ExitStack) -> Any:
     try:
         import kr8s
         from kr8s.objects import new_class
@@ -150,3 +188,4 @@ def _create(resource: dict[str, Any], namespace: str, stack: ExitStack) -> None:
             "and this user or service account be allowed to make it."
         ) from error
     stack.callback(made.delete)
+    return made
