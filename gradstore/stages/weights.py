@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from gradstore.errors import ContractError, NotReadyError
-from gradstore.store.artifacts import WeightsArtifact
+from gradstore.store.artifacts import WeightsArtifact, list_artifacts
 from gradstore.store.features import FeatureStore
 
 # Stands for weights that are the same for every group.
@@ -25,6 +25,15 @@ def open_weights(store: FeatureStore, name: str) -> WeightsArtifact:
     if not artifact.is_complete():
         raise NotReadyError(f"{artifact.folder}: not learned to the end. Run `gradstore learn` again.")
     return artifact
+
+
+def learned_under(store: FeatureStore, kernel: str) -> list[str]:
+    """Names of all weights that were learned under a kernel, to the end."""
+    return [
+        artifact.name
+        for artifact in list_artifacts(store.storage)
+        if artifact.kind == "weights" and artifact.committed == artifact.total and artifact.settings["kernel"] == kernel
+    ]
 
 
 def read_weights(store: FeatureStore, name: str | None) -> np.ndarray:

@@ -21,6 +21,7 @@ from gradstore.stages.kernel import build_kernel
 from gradstore.stages.progress import Progress
 from gradstore.stages.query import Answer, Ranking, Session, Winner
 from gradstore.stages.query.answer import Group
+from gradstore.stages.query.kernels import Settings, query_spec
 from gradstore.stages.query.stage import Asked, query, render_answers
 from gradstore.stages.report.formatting import MINUS
 from gradstore.store.features import FeatureStore
@@ -294,6 +295,23 @@ def test_a_text_is_refused_where_the_adapter_reads_none_and_a_stored_row_is_answ
         with pytest.raises(SpecError, match=r"of the adapter synthetic, .* Ask by a stored row: --index eval:12"):
             session.query("a text")
         assert len(session.query(index="eval:3", k=5).rankings["unweighted"].proponents) == 5
+
+
+def test_a_model_that_moved_is_named_for_a_lone_one_alone() -> None:
+    made = random_store(etas={"a": 1.0, "b": 2.0})
+    members = [{"name": name, "source": f"{name}.pt"} for name in made.etas]
+    run = made.spec({"model": {"members": members}}).model_dump()
+    store = FeatureStore.create(f"{made.url}-members", contract={"model": {}}, run=run)
+    settings = Settings(kernel={"kind": "identity"}, kernel_of="each", normalize="none", etas={"a": 3.0, "b": 4.0})
+
+    spec = query_spec(store, ("identity", settings), model=None, device="cpu")
+
+    assert spec.model.etas == {"a": 3.0, "b": 4.0}
+    assert spec.model.of_member("b").source == "b.pt"
+    with pytest.raises(
+        SpecError, match=r"--model: found new.pt, but the members a, b of the store have models of their own"
+    ):
+        query_spec(store, ("identity", settings), model="new.pt", device="cpu")
 
 
 def test_one_of_three_ways_to_ask_is_taken(session: Session) -> None:

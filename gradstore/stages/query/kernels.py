@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from gradstore.errors import SpecError
 from gradstore.spec import RunSpec, parse_spec
-from gradstore.stages.weights import open_weights
+from gradstore.stages.weights import learned_under, open_weights
 from gradstore.store.artifacts import list_artifacts
 from gradstore.store.features import FeatureStore
 
@@ -103,7 +103,7 @@ def query_spec(store: FeatureStore, kernel: tuple[str, Settings], *, model: str 
     Raises
     ------
     SpecError
-        If the run that made the store is none that this gradstore reads.
+        If the run that made the store is none that this gradstore reads, or its members have models of their own.
     """
     name, settings = kernel
     tables = {key: dict(store.run[key]) for key in _KEPT if key in store.run}
@@ -111,6 +111,10 @@ def query_spec(store: FeatureStore, kernel: tuple[str, Settings], *, model: str 
     if members := tables.get("model", {}).get("members"):
         tables["model"]["members"] = [{**member, "eta": settings.etas[member["name"]]} for member in members]
     if model is not None:
+        if others := [member["name"] for member in members or () if member["source"] is not None]:
+            raise SpecError(
+                f"--model: found {model}, but the members {', '.join(others)} of the store have models of their own."
+            )
         # As run.toml has it: what is no path is a name that others resolve.
         tables["model"]["source"] = str(Path(model).absolute()) if Path(model).exists() else model
     options = {key: value for key, value in settings.kernel.items() if key != "kind"}
@@ -134,13 +138,7 @@ def weights_for(store: FeatureStore, kernel: str, names: list[str] | None) -> li
         If one that is asked for is not there.
     """
     if names is None:
-        return [
-            artifact.name
-            for artifact in list_artifacts(store.storage)
-            if artifact.kind == "weights"
-            and artifact.committed == artifact.total
-            and artifact.settings["kernel"] == kernel
-        ]
+        return learned_under(store, kernel)
     for name in names:
         open_weights(store, name)
     return [*dict.fromkeys(names)]
