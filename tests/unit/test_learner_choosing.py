@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -159,6 +160,19 @@ def test_a_query_without_scores_is_judged_0() -> None:
     found = judge(reader(c), np.full((1, 5), 0.2), [4], queries=np.array([1, 2]), transform="none")
 
     assert found[0, 0] == pytest.approx(oracle.judged(c, np.full(5, 0.2), 4, [2]) / 2)
+
+
+def test_memory_does_not_grow_with_rows() -> None:
+    weights, peaks = np.random.default_rng(0).dirichlet(np.ones(8), 20), []
+    for num_rows in (10_000, 40_000):
+        c = np.random.default_rng(0).standard_normal((2, num_rows, 8)).astype(np.float32)
+        tracemalloc.start()
+        judge(reader(c, 1000), weights, [50], queries=np.arange(2), transform="none")
+        read_best_rows(reader(c, 1000), weights[0], count=50, transform="none", num_queries=2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    assert peaks[1] < peaks[0] + 2**18
 
 
 def test_what_cannot_be_judged_is_refused() -> None:
