@@ -15,14 +15,14 @@ from gradstore.numerics.learner.kept import Piece
 
 # Of a counter of the generator, which gives four words of 64 bits.
 NUMBERS_PER_COUNTER = 8
-# Rows at a time: what becomes of their numbers fits in a core's cache.
-ROWS_PER_DRAW = 256
+# What becomes of so many rows fits in a core's cache.
+ROWS_AT_ONCE = 256
 
 
 def deviations(read: Callable[[], Iterable[Piece]]) -> Float64[np.ndarray, " M"]:
     """Standard deviation sigma_j of every group's contributions over all queries and rows, in one read of C.
 
-    Means and squares around them are float64, and of pieces that are joined, so that nothing cancels.
+    Means and squares around them are float64, and of slices that are joined, so that nothing cancels.
 
     Raises
     ------
@@ -34,17 +34,18 @@ def deviations(read: Callable[[], Iterable[Piece]]) -> Float64[np.ndarray, " M"]
     count, mean_M, squares_M = 0, np.zeros(()), np.zeros(())
     for first, rows_N, c_QNM in read():
         for query, c_NM in enumerate(c_QNM, first):
-            if not len(c_NM):
-                continue
-            exact_NM = c_NM.astype(np.float64)
-            piece_mean_M = exact_NM.mean(0)
-            if not np.isfinite(piece_mean_M).all():
-                refuse_non_finite(c_NM, query, rows_N)
-            apart_M, total = piece_mean_M - mean_M, count + len(c_NM)
-            # Chan, Golub and LeVeque, The American Statistician 37 (1983), eq. 2.1.
-            squares_M = squares_M + np.square(exact_NM - piece_mean_M).sum(0) + apart_M**2 * count * len(c_NM) / total
-            mean_M = mean_M + apart_M * len(c_NM) / total
-            count = total
+            for start in range(0, len(c_NM), ROWS_AT_ONCE):
+                apart_NM = c_NM[start : start + ROWS_AT_ONCE].astype(np.float64)
+                slice_mean_M = apart_NM.mean(0)
+                if not np.isfinite(slice_mean_M).all():
+                    refuse_non_finite(c_NM, query, rows_N)
+                apart_NM -= slice_mean_M
+                # Chan, Golub and LeVeque, The American Statistician 37 (1983), eq. 2.1.
+                between_M, total = slice_mean_M - mean_M, count + len(apart_NM)
+                squares_M = squares_M + np.einsum("nm,nm->m", apart_NM, apart_NM)
+                squares_M += between_M**2 * (count * len(apart_NM) / total)
+                mean_M = mean_M + between_M * (len(apart_NM) / total)
+                count = total
     if not count:
         raise SpecError("data.learn: found no contributions; noise is measured by at least 1 query and 1 training row.")
     return np.asarray(np.sqrt(squares_M / count))
@@ -91,9 +92,9 @@ def with_noise(
     scale_M = deviation_M.astype(np.float32)
     gaps = np.flatnonzero(np.diff(rows_N, prepend=-2) != 1).tolist()
     pieces = [
-        (place, min(place + ROWS_PER_DRAW, stop))
+        (place, min(place + ROWS_AT_ONCE, stop))
         for start, stop in pairwise([*gaps, len(rows_N)])
-        for place in range(start, stop, ROWS_PER_DRAW)
+        for place in range(start, stop, ROWS_AT_ONCE)
     ]
     spans = [(int(rows_N[start]) * counters, (int(rows_N[start]) + stop - start) * counters) for start, stop in pieces]
     words = stretches(derive_key(seed, "learner", f"noise of query {query}"), spans)
