@@ -48,17 +48,36 @@ def init(
 
 
 @app.command()
-def plan(run: Run, as_json: Json = False) -> None:
+def plan(
+    run: Run,
+    *,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Also hours and cost on so many workers, with what is assumed.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="KIND", help="What each has: H200, H100, A100, L40S or L4.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="Rows a second that one featurizes, as doctor measures it.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Dollars for one and hour.")] = None,
+    as_json: Json = False,
+) -> None:
     """Show what a run will write, in how many blocks and objects, with how much memory; refuse what does not fit."""
     from gradstore.plan import make_plan
+    from gradstore.plan.cost import cluster_of, estimate, offer_of, render_cost
     from gradstore.plan.table import render_plan
     from gradstore.spec import read_spec
 
-    made = make_plan(read_spec(run))
+    spec, offer = read_spec(run), offer_of(workers, gpu, rate, price)
+    if offer is not None:
+        spec = spec.model_copy(update={"cluster": cluster_of(spec, offer)})
+    made = make_plan(spec)
+    cost = None if offer is None else estimate(spec, made, offer)
     if as_json:
-        typer.echo(json.dumps(made.to_json()))
+        typer.echo(json.dumps({**made.to_json(), **({} if cost is None else {"cost": cost.to_json()})}))
     else:
-        draw(render_plan(made))
+        draw(render_plan(made), *([] if cost is None else [render_cost(cost)]))
 
 
 @app.command()

@@ -22,7 +22,7 @@ _ROWS_AT_ONCE: Final = 512
 _TILE_BYTES: Final = 2 * 8 * 1024**2
 _CHECKSUM_BYTES: Final = 4
 # Of the decomposition of a symmetric matrix [d, d] in float64, by d^3: measured at 256 and 1,024 on one core with AVX2.
-_SECONDS_PER_CUBE: Final = 4e-10
+SECONDS_PER_CUBE: Final = 4e-10
 # What the refusal of a kernel of whole Gram matrices tells to take instead.
 SMALLER_KERNELS: Final = (
     'the projection\'s rank, or set kernel.kind = "diagonal", "ekfac", or "full" with kernel.route = "low_rank"'
@@ -119,7 +119,7 @@ def decomposition_notes(kernel: Kernel, widths: Widths) -> list[str]:
         sides = list(widths.full)
     elif kernel.basis == "kronecker":
         sides = [side for group in widths.sides for part in group for side in part]
-    minutes = _SECONDS_PER_CUBE * sum(side**3 for side in sides) / 60
+    minutes = SECONDS_PER_CUBE * sum(side**3 for side in sides) / 60
     if minutes < 1:
         return []
     told = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} minutes"
