@@ -99,7 +99,8 @@ def certify(
     while pending and not full:
         run(pending)
         verification = Verification(list(pending.values()), second_moments_QMM, kept=kept, limit_bytes=limit_bytes)
-        verification.take(read())
+        for first, rows_N, c_QNM in read():
+            verification.offer(first, rows_N, c_QNM)
         ranked = [trajectory.settings.k for trajectory in pending.values() if ENDS[trajectory.settings.objective]]
         refuse_k_above(int(verification.rows_Q.min()), max(ranked, default=0))
         added.append(verification.finish())

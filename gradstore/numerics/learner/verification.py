@@ -1,21 +1,18 @@
 """One read of C that verifies the top k of every visit of all settings, and finds the rows that they lack."""
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from gradstore.numerics.learner.algorithm import placing_scores, refuse_non_finite
-from gradstore.numerics.learner.kept import SLICE_BYTES, KeptRows, Piece, exact_scores, top_rows
+from gradstore.numerics.learner.kept import SLICE_BYTES, KeptRows, exact_scores, top_rows
 from gradstore.numerics.learner.screen import Screen
 from gradstore.numerics.learner.trajectory import TIE, Trajectory
 
 # Q queries, N rows of a piece or slice, M groups, V open visits of one query over all settings, E of them of one setting,
 # T visits of a setting, F rows found, X rows kept and found.
 
-# Scores of a few visits take longer than reading the rows ahead: on two cores, two threads use the time that reading leaves.
-THREADS = 2
 # Found rows are thinned out once there are so many since the last time, and half as many as are held.
 ROWS_BEFORE_THINNING = 64
 
@@ -62,39 +59,22 @@ class Verification:
         self.rows_Q = np.zeros(len(kept), np.int64)
         self.full = False
 
-    def take(self, pieces: Iterable[Piece]) -> None:
-        """Take in all pieces of C; threads share the queries of each.
+    def offer(self, first: int, rows_N: Int64[np.ndarray, " N"], c_QNM: Float32[np.ndarray, "Q N M"]) -> None:
+        """Take in a piece of C: some rows of the queries from ``first`` on.
 
         Raises
         ------
         DataError
             If C holds NaN or infinite values.
         """
-        with ThreadPoolExecutor(THREADS - 1) as pool:
-            for first, rows_N, c_QNM in pieces:
-                own, *others = np.array_split(np.arange(len(c_QNM)), THREADS)
-                running = [pool.submit(self._offer, first, rows_N, c_QNM, share) for share in others if len(share)]
-                self._found_bytes += self._offer(first, rows_N, c_QNM, own)
-                self._found_bytes += sum(share.result() for share in running)
-                self.rows_Q[first : first + len(c_QNM)] += len(rows_N)
-                if self._found_bytes > self._room and not self.full:
-                    self._make_room()
-
-    def _offer(
-        self,
-        first: int,
-        rows_N: Int64[np.ndarray, " N"],
-        c_QNM: Float32[np.ndarray, "Q N M"],
-        share: Int64[np.ndarray, " _"],
-    ) -> int:
-        """Take in some queries of a piece; how many bytes of rows were found among these."""
-        found_bytes = 0
-        for place in share.tolist():
-            verified = self._queries[first + place]
+        for query, c_NM in enumerate(c_QNM, first):
+            verified = self._queries[query]
             before = verified.found_bytes
-            verified.offer(rows_N, c_QNM[place])
-            found_bytes += verified.found_bytes - before
-        return found_bytes
+            verified.offer(rows_N, c_NM)
+            self._found_bytes += verified.found_bytes - before
+            self.rows_Q[query] += len(rows_N)
+            if self._found_bytes > self._room and not self.full:
+                self._make_room()
 
     def _make_room(self) -> None:
         for verified in self._queries:
@@ -175,7 +155,7 @@ class QueryVerification:
         return np.concatenate([trajectory.weights_TM[visits_E] for trajectory, visits_E in self._visits])
 
     def offer(self, rows_N: Int64[np.ndarray, " N"], c_NM: Float32[np.ndarray, "N M"]) -> None:
-        """Take in some rows; see `Verification.take`."""
+        """Take in some rows; see `Verification.offer`."""
         if not len(self._floor_V):
             return
         width = max(1, c_NM.shape[1], len(self._floor_V))
