@@ -142,9 +142,9 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     if shapes is None:
         splits = adapter.examples().splits if splits is None else splits
         shapes = {name: (len(rows), max(example.size for example in rows)) for name, rows in splits.items()}
-    if spec.learn.k > shapes["train"][0]:
+    if spec.learn.objective != "pairs" and max(spec.learn.ks) > shapes["train"][0]:
         raise SpecError(
-            f"learn.k: found {spec.learn.k}; accepted: at most the {shapes['train'][0]:,} rows of data.train."
+            f"learn.k: found {max(spec.learn.ks)}; accepted: at most the {shapes['train'][0]:,} rows of data.train."
         )
     text = adapter.longest("train") is not None
     model = model_shape(adapter, adapter.load("meta"), spec, None if text or splits is None else splits["train"][0])

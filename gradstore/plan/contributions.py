@@ -102,13 +102,14 @@ def plan_contribute(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan]) 
     mode, train, groups = spec.contribute.mode, sets["train"], len(widths.full)
     names = contributed_sets(spec)
     weights = len({None, spec.contribute.weights}) if mode == "scores" else 1
-    queries = {name: _query_shape(spec, widths, sets[name].rows, train.rows) for name in names}
+    queries = {name: _query_shape(spec, widths, sets[name].rows, train.rows) for name in preconditioned_sets(spec)}
     dampings, memory = len(spec.sweep()), spec.cluster.worker_memory_bytes
     tiles = {
         name: min(shape.queries, SCORE_TILE)
         if mode == "scores"
         else query_tile((shape.queries, train.rows, groups), train.block_rows, spec.contribute.dtype)
         for name, shape in queries.items()
+        if name in names
     }
     alike = [[(name, tiles[name]) for name in of] for _, of in groupby(names, key=stack_of)]
     columns, members = 1 if mode == "scores" else groups, len(spec.model.etas)
@@ -132,6 +133,11 @@ def contributed_sets(spec: RunSpec) -> tuple[str, ...]:
     """The sets that contributions or scores are made of, in order."""
     of_mode = {"tensor": spec.data.query_sets(), "streamed": spec.data.learn_sets(), "scores": ("eval",)}
     return of_mode[spec.contribute.mode]
+
+
+def preconditioned_sets(spec: RunSpec) -> tuple[str, ...]:
+    """The sets whose queries are preconditioned, in order: where C is not kept, `score` builds it of the eval queries."""
+    return ("eval",) if spec.contribute.mode == "scores" else spec.data.query_sets()
 
 
 def stack_of(set_name: str) -> str:
@@ -285,7 +291,7 @@ def _moments(spec: RunSpec, sets: Mapping[str, SetPlan], groups: int) -> dict[st
             queries=count,
             groups=tuple(str(number) for number in range(groups)),
             spans=span_edges(spans),
-            candidates=min(kept_rows(spec.learn.k), longest),
+            candidates=min(kept_rows(max(spec.learn.ks)), longest),
             dtype=spec.contribute.dtype,
         )
         for name, count in queries.items()

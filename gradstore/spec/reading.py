@@ -63,6 +63,9 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     data = spec.data
     splits = {name: resolved(data.splits()[name], "source", "labels") for name in SPLITS}
     aspects = {name: resolved(split, "source", "labels") for name, split in data.aspects.items()}
+    learn = spec.learn
+    if learn.pairs is not None and "://" not in learn.pairs:
+        learn = learn.model_copy(update={"pairs": str(folder / learn.pairs)})
     store = spec.run.store
     if "://" not in store:
         # Workers run in folders of their own, so they are told the whole path.
@@ -72,6 +75,7 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
             "run": spec.run.model_copy(update={"store": store}),
             "model": model,
             "data": data.model_copy(update={**splits, "aspects": aspects}),
+            "learn": learn,
         }
     )
 

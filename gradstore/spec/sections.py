@@ -1,4 +1,4 @@
-"""The tables of run.toml, as frozen values; those of [data] and [cluster] are in data.py and cluster.py."""
+"""The tables of run.toml, as frozen values; those of [data], [cluster] and [learn] are in files of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from gradstore.errors import SpecError
 from gradstore.spec.cluster import ClusterSection
 from gradstore.spec.data import DataSection
-from gradstore.spec.quantities import parse_bytes
+from gradstore.spec.learning import LearnSection
 from gradstore.spec.section import NAME, Section
 
 LONE_MEMBER = "m0"
@@ -176,8 +176,9 @@ class KernelSection(Section):
 class ContributeSection(Section):
     """[contribute]: what is made of C[q, n, j], and how it is stored.
 
-    ``mode`` is ``tensor`` (C itself), ``streamed`` (what the learner needs of C, without C) or ``scores`` (S = sum_j w_j C
-    alone, under uniform weights and those of ``weights``, if a name is given).
+    ``mode`` is ``tensor`` (C itself), ``streamed`` (what the learner needs of C, without C, which is built again from features
+    whenever it is read) or ``scores`` (S = sum_j w_j C alone, under uniform weights and those of ``weights``, if a name is
+    given).
     """
 
     mode: Literal["tensor", "streamed", "scores"] = "tensor"
@@ -185,30 +186,6 @@ class ContributeSection(Section):
     weights: str | None = Field(default=None, pattern=NAME)
     normalize: Literal["none", "cosine", "relatif"] = "none"
     second_moments: bool = True
-
-
-class LearnSection(Section):
-    """[learn]: Algorithm 1's settings, and how its weights are found: which changes none of them."""
-
-    name: str = Field(default="learned", pattern=NAME)
-    objective: Literal["top", "bottom", "gap", "unnormalized"] = "top"
-    method: Literal["certified", "streamed"] = "certified"
-    memory: str = "1GiB"
-    k: int = Field(default=10, ge=1)
-    epochs: int = Field(default=10, ge=1)
-    learning_rate: float = Field(default=0.01, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    seed: int | None = Field(default=None, ge=0)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Most memory for the rows of C that certifying keeps."""
-        return parse_bytes("learn.memory", self.memory)
-
-    @model_validator(mode="after")
-    def _check(self) -> LearnSection:
-        parse_bytes("learn.memory", self.memory)
-        return self
 
 
 class TailPatchSection(Section):
@@ -229,6 +206,19 @@ class ScoreSection(Section):
     tail_patch: TailPatchSection = TailPatchSection()
 
 
+class SketchSection(Section):
+    """[sketch]: how much is kept of every row, and how surely the best rows are to be among the candidates.
+
+    ``share`` is the most of the features' bytes that the sketch may take where ``rank`` is left to it. ``recall`` is what its
+    candidates must reach of the exact answer on the learn queries, where their number is left to it.
+    """
+
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(default="auto")
+    share: float = Field(default=0.05, gt=0, le=1)
+    candidates: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(default="auto")
+    recall: float = Field(default=0.95, gt=0, le=1)
+
+
 class RunSpec(Section):
     """All of run.toml."""
 
@@ -240,6 +230,7 @@ class RunSpec(Section):
     contribute: ContributeSection = ContributeSection()
     learn: LearnSection = LearnSection()
     score: ScoreSection = ScoreSection()
+    sketch: SketchSection = SketchSection()
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
@@ -267,10 +258,10 @@ class RunSpec(Section):
             raise SpecError(
                 f"score.weights: found {RESERVED_NAMES['learn']!r}, by which rows are ranked anyway. Leave it out."
             )
-        if self.score.weights and self.contribute.mode != "tensor":
+        if self.score.weights and self.contribute.mode == "scores":
             raise SpecError(
-                f'score.weights: found {", ".join(self.score.weights)} with contribute.mode = "{self.contribute.mode}", which keeps '
-                'no C to rank by. Set contribute.mode = "tensor", or name one of them in contribute.weights with mode = "scores".'
+                f'score.weights: found {", ".join(self.score.weights)} with contribute.mode = "scores", which keeps no C to rank '
+                "by. Name one of them in contribute.weights, or set another contribute.mode."
             )
 
     def sweep(self) -> list[RunSpec]:

@@ -1,10 +1,11 @@
-"""Reading C back, or scores in its place: whole, and without the rows that are not valid."""
+"""Reading C, or scores in its place: whole, and without the rows that are not valid."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,15 +14,49 @@ from gradstore.plan.sizes import LEARNER_BUFFERS, verified_queries
 from gradstore.stages.progress import Progress
 from gradstore.stages.spectra import require_current
 from gradstore.store.alignment import aligned
-from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact, ScoreMatrixArtifact
+from gradstore.store.artifacts import ContributionArtifact, ContributionShape, MomentsArtifact, ScoreMatrixArtifact
 from gradstore.store.features import FeatureStore
 from gradstore.store.layout import RowBlocks
 from gradstore.store.read_ahead import read_ahead
 
+Piece = tuple[int, np.ndarray, np.ndarray]
+"""First query, numbers of some valid rows [n], and C [q, n, M] of some queries from the first on."""
+
+
+class Contributions(Protocol):
+    """C of one set of queries, which can be read any number of times: from the store, or built from features each time."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What C is made from."""
+        ...
+
+    @property
+    def shape(self) -> ContributionShape:
+        """Shape of C, and how it is cut."""
+        ...
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a read of all queries takes from the store."""
+        ...
+
+    def valid_rows(self) -> np.ndarray:
+        """Numbers of the valid rows, ascending."""
+        ...
+
+    def slices(self, first: int, last: int) -> Sequence[tuple[int, int]]:
+        """Queries, first to last, that `read` gives together, in turn."""
+        ...
+
+    def read(self, first: int, last: int) -> Iterator[Piece]:
+        """Pieces that hold every valid row of some queries once, of each in the order of rows; each lasts until the next."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contributions:
-    """C of one set of queries, whole; ``valid`` tells, of the blocks with rows that are not, which rows are valid.
+class StoredContributions:
+    """C as the store has it, whole; ``valid`` tells, of the blocks with rows that are not, which rows are valid.
 
     A row is valid if it is in every member.
     """
@@ -30,7 +65,7 @@ class Contributions:
     valid: Mapping[int, np.ndarray]
 
     @classmethod
-    def open(cls, store: FeatureStore, kernel: str, set_name: str) -> Contributions:
+    def open(cls, store: FeatureStore, kernel: str, set_name: str) -> StoredContributions:
         """Open the contributions of a set of queries.
 
         Raises
@@ -43,40 +78,55 @@ class Contributions:
         _refuse_streamed(store, kernel, set_name)
         artifact = ContributionArtifact.open(store.storage, kernel, set_name)
         _require_whole(artifact, store)
-        return cls(artifact=artifact, valid=_valid_masks(store))
+        return cls(artifact=artifact, valid=valid_masks(store))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See `Contributions`."""
+        return self.artifact.settings
+
+    @property
+    def shape(self) -> ContributionShape:
+        """See `Contributions`."""
+        return self.artifact.shape
+
+    @property
+    def read_bytes(self) -> int:
+        """See `Contributions`."""
+        shape = self.shape
+        return shape.queries * shape.rows * len(shape.groups) * self.artifact.rounding.stored_dtype.itemsize
 
     def valid_rows(self) -> np.ndarray:
-        """Numbers of the valid rows, ascending."""
-        return _valid_rows(self.artifact.shape, self.valid)
+        """See `Contributions`."""
+        return numbers_of(self.shape, self.valid)
 
-    def read_blocks(
-        self, query_start: int, query_stop: int, buffers: Sequence[np.ndarray] = ()
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows [n] and contributions [queries, n, groups] of some queries, block by block.
+    def slices(self, first: int, last: int) -> Sequence[tuple[int, int]]:
+        """See `Contributions`; they are some whole tiles, if ``first`` begins one."""
+        size = self._queries_at_once()
+        return [(start, min(start + size, last)) for start in range(first, last, size)]
 
-        Each block has memory of its own, unless there are ``buffers`` (two, to read a block while one is worked on): then
-        it is read into one of these, and stays as it is until the next is asked for.
-        """
+    def read(self, first: int, last: int) -> Iterator[Piece]:
+        """See `Contributions`; block by block through two buffers."""
+        size = min(self._queries_at_once(), last - first), self.shape.block_rows, len(self.shape.groups)
+        buffers = [aligned(size) for _ in range(LEARNER_BUFFERS)]
+        blocks = range(self.shape.num_blocks)
+        for start, stop in self.slices(first, last):
 
-        def begin(pool: ThreadPoolExecutor, block: int, buffer: np.ndarray) -> Callable[[], np.ndarray]:
-            return pool.submit(self.artifact.read, query_start, query_stop, block, buffer).result
+            def begin(
+                pool: ThreadPoolExecutor, block: int, buffer: np.ndarray, queries: tuple[int, int] = (start, stop)
+            ) -> Callable[[], np.ndarray]:
+                return pool.submit(self.artifact.read, *queries, block, buffer).result
 
-        blocks = range(self.artifact.shape.num_blocks)
-        read = (
-            read_ahead(blocks, buffers, begin, threads=1)
-            if buffers
-            else self.artifact.read_blocks(query_start, query_stop)
-        )
-        for block, c_QNM in zip(blocks, read, strict=True):
-            rows_N = np.arange(*self.artifact.shape.block_range(block))
-            if block in self.valid:
-                yield rows_N[self.valid[block]], c_QNM[:, self.valid[block]]
-            else:
-                yield rows_N, c_QNM
+            for block, c_QNM in zip(blocks, read_ahead(blocks, buffers, begin, threads=1), strict=True):
+                yield start, *valid_of(self.shape, self.valid, block, c_QNM)
+
+    def _queries_at_once(self) -> int:
+        shape = self.shape
+        return verified_queries((shape.queries, len(shape.groups)), shape.block_rows, shape.query_tile)
 
 
 class Reads:
-    """Reads C of all queries, some whole tiles of them at a time, block by block through two buffers; more than once.
+    """Reads C of all queries, more than once.
 
     Parameters
     ----------
@@ -87,35 +137,25 @@ class Reads:
     """
 
     def __init__(self, contributions: Contributions, progress: Progress, stage: str) -> None:
-        self._contributions = contributions
+        self.contributions = contributions
+        self.count = 0
         self._progress = progress
         self._stage = stage
-        shape = contributions.artifact.shape
-        self._shape = shape
-        self._queries = verified_queries((shape.queries, len(shape.groups)), shape.block_rows, shape.query_tile)
-        size = self._queries, shape.block_rows, len(shape.groups)
-        self._buffers = [aligned(size) for _ in range(LEARNER_BUFFERS)]
-        self._count = 0
 
-    def read(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def read(self) -> Iterator[Piece]:
         """Pieces (first query, rows [n], C [q, n, M]) that hold every valid row of every query once."""
-        self._count += 1
-        shape, item = self._shape, self._contributions.artifact.rounding.stored_dtype.itemsize
-        slices = [
-            (first, min(first + self._queries, shape.queries)) for first in range(0, shape.queries, self._queries)
-        ]
-        stored = shape.queries * shape.rows * len(shape.groups) * item
-        label, total = f"{self._stage}, read {self._count} of C", len(slices) * len(self._contributions.valid_rows())
-        with self._progress.stage(label, total, "rows", total_bytes=stored) as advance:
-            for first, last in slices:
-                for rows_N, c_QNM in self._contributions.read_blocks(first, last, self._buffers):
-                    yield first, rows_N, c_QNM
-                    advance(len(rows_N))
+        self.count += 1
+        queries, rows = self.contributions.shape.queries, len(self.contributions.valid_rows())
+        label, total = f"{self._stage}, read {self.count} of C", len(self.contributions.slices(0, queries)) * rows
+        with self._progress.stage(label, total, "rows", total_bytes=self.contributions.read_bytes) as advance:
+            for first, rows_N, c_QNM in self.contributions.read(0, queries):
+                yield first, rows_N, c_QNM
+                advance(len(rows_N))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreMatrix:
-    """Scores of one set of queries under given weights, whole; ``valid`` as in `Contributions`."""
+    """Scores of one set of queries under given weights, whole; ``valid`` as in `StoredContributions`."""
 
     artifact: ScoreMatrixArtifact
     valid: Mapping[int, np.ndarray]
@@ -133,11 +173,11 @@ class ScoreMatrix:
         """
         artifact = ScoreMatrixArtifact.open(store.storage, name, set_name)
         _require_whole(artifact, store)
-        return cls(artifact=artifact, valid=_valid_masks(store))
+        return cls(artifact=artifact, valid=valid_masks(store))
 
     def valid_rows(self) -> np.ndarray:
         """Numbers of the valid rows, ascending."""
-        return _valid_rows(self.artifact.shape, self.valid)
+        return numbers_of(self.artifact.shape, self.valid)
 
     def read_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows [n] and scores [queries, n], block by block."""
@@ -182,7 +222,7 @@ def _require_whole(artifact: ContributionArtifact | ScoreMatrixArtifact, store: 
     require_current(artifact, store)
 
 
-def _valid_masks(store: FeatureStore) -> dict[int, np.ndarray]:
+def valid_masks(store: FeatureStore) -> dict[int, np.ndarray]:
     """Of the blocks with rows that are not valid in some member, which rows are."""
     valid: dict[int, np.ndarray] = {}
     for member in store.open_set("train").info.members:
@@ -194,7 +234,16 @@ def _valid_masks(store: FeatureStore) -> dict[int, np.ndarray]:
     return valid
 
 
-def _valid_rows(shape: RowBlocks, valid: Mapping[int, np.ndarray]) -> np.ndarray:
+def valid_of(
+    shape: RowBlocks, valid: Mapping[int, np.ndarray], block: int, c_QNM: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of a block's valid rows, and C of these."""
+    rows_N, valid_N = np.arange(*shape.block_range(block)), valid.get(block)
+    return (rows_N, c_QNM) if valid_N is None else (rows_N[valid_N], c_QNM[:, valid_N])
+
+
+def numbers_of(shape: RowBlocks, valid: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Numbers of the valid rows, ascending."""
     valid_N = np.zeros(shape.rows, bool)
     for block in range(shape.num_blocks):
         valid_N[slice(*shape.block_range(block))] = valid.get(block, True)

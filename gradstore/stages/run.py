@@ -26,7 +26,7 @@ STAGES = (featurize, build_kernel, contribute, learn, score)
 def stages_of(spec: RunSpec) -> tuple[Stage, ...]:
     """Return the stages that a run goes through, if those that come last can use the weights that the store has.
 
-    Where no C is kept nothing is learned, and ranked only by scores alone.
+    Where scores alone are made nothing is learned.
 
     Raises
     ------
@@ -35,8 +35,7 @@ def stages_of(spec: RunSpec) -> tuple[Stage, ...]:
     ContractError
         If these are of other groups, or weights of the name that the run learns were learned otherwise.
     """
-    left_out: dict[str, tuple[Stage, ...]] = {"tensor": (), "scores": (learn,), "streamed": (learn, score)}
-    stages = tuple(stage for stage in STAGES if stage not in left_out[spec.contribute.mode])
+    stages = tuple(stage for stage in STAGES if stage != learn or spec.contribute.mode != "scores")
     # Before work starts: else this is told hours later, when the stage begins that uses them.
     if learn in stages:
         refuse_other_weights(spec, open_storage(spec.run.store))

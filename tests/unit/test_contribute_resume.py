@@ -12,7 +12,7 @@ import pytest
 from gradstore.cluster import Engine, Task
 from gradstore.errors import ContractError, NotReadyError, ResourceError
 from gradstore.stages.contribute import artifacts, contribute, contribute_span
-from gradstore.stages.contributions import Contributions
+from gradstore.stages.contributions import StoredContributions
 from gradstore.stages.kernel import build_kernel
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import KernelArtifact, MomentsArtifact, remove_artifact
@@ -127,7 +127,7 @@ def test_streamed_contributions_are_not_there_to_be_read_and_the_way_out_is_told
     run(make_spec(store, contribute={"mode": "streamed"}))
 
     with pytest.raises(NotReadyError, match=r"contribute.mode = streamed keeps no C; set contribute.mode = tensor"):
-        Contributions.open(store, "block", "learn")
+        StoredContributions.open(store, "block", "learn")
 
 
 def test_queries_of_other_groups_are_refused_by_name() -> None:

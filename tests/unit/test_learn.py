@@ -72,7 +72,6 @@ def test_c_is_verified_in_whole_tiles_of_queries(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("tables", "settings", "message"),
     [
-        ({"contribute": {"second_moments": False}}, {}, "contribute.second_moments was false"),
         (
             {},
             {"memory": "100B"},
@@ -82,7 +81,7 @@ def test_c_is_verified_in_whole_tiles_of_queries(monkeypatch: pytest.MonkeyPatch
         ({}, {"objective": "gap"}, "its objective 'gap' asks for the lowest scores too"),
         ({}, {"objective": "bottom"}, "its objective 'bottom' asks for the lowest scores too"),
     ],
-    ids=["no moments", "no room", "little room", "gap", "bottom"],
+    ids=["no room", "little room", "gap", "bottom"],
 )
 def test_weights_that_cannot_be_certified_are_streamed_and_that_is_said(
     tables: dict[str, dict[str, Any]], settings: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]

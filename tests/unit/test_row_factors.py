@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradstore.cluster import Engine
-from gradstore.errors import DataError, NotReadyError, SpecError
+from gradstore.errors import DataError, SpecError
 from gradstore.numerics.learner import LearnerSettings, initial_raw_weights, visit_order
 from gradstore.numerics.normalization import left_out_factors, query_factors, row_factors
 from gradstore.spec import RunSpec
@@ -327,13 +327,3 @@ def test_every_damping_of_a_sweep_has_weights_of_its_own() -> None:
         learned = WeightsArtifact.open(storage, swept.learn.name)
         assert learned.settings["kernel"] == swept.kernel.name
         np.testing.assert_allclose(learned.read()["weight"].to_numpy(), weights, rtol=1e-6)
-
-
-def test_what_was_streamed_cannot_be_learned_from_yet_and_that_is_said() -> None:
-    made = random_store()
-    spec = made.spec({"contribute": {"mode": "streamed"}})
-    for stage in (build_kernel, contribute):
-        stage(spec, ENGINE, QUIET)
-
-    with pytest.raises(NotReadyError, match=r"contribute\.mode = streamed keeps no C; set contribute\.mode = tensor"):
-        learn(spec, ENGINE, QUIET)

@@ -71,8 +71,8 @@ def test_a_name_of_weights_that_were_learned_otherwise_is_refused_before_work_st
         {},
         {"kernel": {**SWEEP, "name": "swept"}, "learn": {"name": "of-sweep"}},
         {"learn": {"name": "other", "k": 3}},
-        # They learn nothing.
-        {"learn": {"k": 3}, "contribute": {"mode": "streamed"}},
+        {"contribute": {"mode": "streamed"}},
+        # It learns nothing.
         {"learn": {"k": 3}, "contribute": {"mode": "scores", "weights": "learned"}},
     ],
     ids=["the same settings", "the same sweep", "another name", "streamed", "scores"],
@@ -92,7 +92,7 @@ def test_every_mode_has_its_stages(tmp_path: Path) -> None:
 
     assert by_mode["tensor"] == STAGES
     assert by_mode["scores"] == (featurize, build_kernel, contribute, score)
-    assert by_mode["streamed"] == (featurize, build_kernel, contribute)
+    assert by_mode["streamed"] == STAGES
     assert not (tmp_path / "store").exists()
 
 
@@ -135,9 +135,8 @@ def test_weights_of_another_store_are_no_name_to_learn_under(learned: FeatureSto
     assert stages_of(make_spec(store, learn={"name": "own"}, score={"weights": ["learned"]})) == STAGES
 
 
-@pytest.mark.parametrize("mode", ["scores", "streamed"])
-def test_without_c_there_is_nothing_to_rank_by_further_weights(mode: str) -> None:
-    with pytest.raises(SpecError, match=rf'score\.weights: found other with contribute\.mode = "{mode}"'):
-        make_spec(make_store(), contribute={"mode": mode}, score={"weights": ["other"]})
+def test_scores_alone_are_not_ranked_by_further_weights() -> None:
+    with pytest.raises(SpecError, match=r'score\.weights: found other with contribute\.mode = "scores"'):
+        make_spec(make_store(), contribute={"mode": "scores"}, score={"weights": ["other"]})
     with pytest.raises(SpecError, match="by which rows are ranked anyway"):
         make_spec(make_store(), score={"weights": ["unweighted"]})

@@ -211,7 +211,7 @@ def _create_moments(
             queries=store.open_set(target.set_name).info.rows,
             groups=tuple(array.name for array in train.arrays),
             spans=span_edges(spans),
-            candidates=min(kept_rows(spec.learn.k), longest),
+            candidates=min(kept_rows(max(spec.learn.ks)), longest),
             dtype=rounding.dtype,
         ),
         scales=rounding.scales,

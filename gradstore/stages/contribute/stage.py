@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from gradstore.cluster import Engine, Task
+from gradstore.plan.contributions import preconditioned_sets
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.artifacts import (
@@ -42,7 +43,7 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     """Write what [contribute] asks for, where the store does not hold it yet, for all dampings of a sweep in one pass.
 
     That is C of all queries and what the learner needs of it (``mode = "tensor"``), the latter alone
-    (``"streamed"``), or scores of the eval queries under given weights (``"scores"``).
+    (``"streamed"``, where C is built again by what reads it), or scores of the eval queries under given weights (``"scores"``).
 
     Raises
     ------
@@ -56,11 +57,11 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     """
     store = FeatureStore.open(spec.run.store)
     targets = targets_of(spec)
-    for name in dict.fromkeys(target.set_name for target in targets):
+    for name in preconditioned_sets(spec):
         refuse_other_groups(store, name)
     refuse_weights(store, spec, targets)
     prepare_rows(spec, engine, progress)
-    before = _query_tasks(spec, store, targets)
+    before = _query_tasks(spec, store)
     refuse_sums(spec, store, targets)
     if any(_lacks_scales(spec, store, target) for target in targets):
         arguments = (spec.run.store, spec.model_dump(), targets, _cut(spec, store, targets))
@@ -78,7 +79,7 @@ def contribute(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     with progress.stage(label, total, "rows", done, len(alike) * _feature_bytes(spec, store)) as advance:
         for task, _ in engine.run([*before, *tasks]):
             advance(task.rows)
-    _remove_partials(spec, store, targets)
+    _remove_partials(spec, store)
 
 
 def create_scaled(store_url: str, run: Mapping[str, Any], targets: Sequence[Target], cut: Work) -> int:
@@ -93,8 +94,8 @@ def create_scaled(store_url: str, run: Mapping[str, Any], targets: Sequence[Targ
     return len(unscaled)
 
 
-def _query_tasks(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> list[Task]:
-    """Create the preconditioned queries of all targets; one task for each (set, member) and damping that is missing."""
+def _query_tasks(spec: RunSpec, store: FeatureStore) -> list[Task]:
+    """Create all preconditioned queries; one task for each (set, member) and damping that is missing."""
     kernel, lacking, tasks = resolve_kernel(spec), dict[Place, None](), []
     function: Callable[..., int] = precondition
     swept: tuple[str, ...] = ()
@@ -103,7 +104,7 @@ def _query_tasks(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) 
 
         function, swept = across.precondition, (spec.kernel.name,)
     for run in spec.sweep():
-        for name in dict.fromkeys(target.set_name for target in targets):
+        for name in preconditioned_sets(spec):
             for member in store.open_set(name).info.members:
                 if create_queries(run, store, (name, member)).is_complete():
                     continue
@@ -115,12 +116,12 @@ def _query_tasks(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) 
     return [*before, *(replace(task, after=tuple(first.name for first in before)) for task in tasks)]
 
 
-def _remove_partials(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> None:
+def _remove_partials(spec: RunSpec, store: FeatureStore) -> None:
     """Remove what queries were made from on the way, if they were."""
     if resolve_kernel(spec).across_groups:
         from gradstore.stages.contribute import across
 
-        names = dict.fromkeys(target.set_name for target in targets)
+        names = preconditioned_sets(spec)
         across.remove_rotated(
             store, spec, [(name, member) for name in names for member in store.open_set(name).info.members]
         )

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from gradstore.errors import NotReadyError, SpecError
-from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix, valid_queries
+from gradstore.stages.contributions import Reads, ScoreMatrix, StoredContributions, valid_queries
 from gradstore.stages.progress import Progress
 from gradstore.stages.spectra import require_current
 from gradstore.stages.weights import ranking_name, read_weights
@@ -176,7 +176,7 @@ def _open(
         return matrix.valid_rows(), (
             (0, rows_N, transformed(s_QN.astype(np.float64), transform)) for rows_N, s_QN in matrix.read_blocks()
         )
-    contributions = Contributions.open(store, kernel, _QUERIES)
+    contributions = StoredContributions.open(store, kernel, _QUERIES)
     transform, weights_M = contributions.artifact.settings["transform"], read_weights(store, weights)
     reads = Reads(contributions, Progress(quiet=True), "influence")
     return contributions.valid_rows(), (

@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
+
+import numpy as np
 
 from gradstore.cluster import Engine
-from gradstore.errors import ContractError, SpecError
+from gradstore.cluster.tasks import one_thread
+from gradstore.errors import ContractError, DataError, SpecError
 from gradstore.plan.sizes import learner_tile
 from gradstore.spec import RunSpec
-from gradstore.stages.contributions import Contributions
-from gradstore.stages.learn.methods import Found, certified, streamed
-from gradstore.stages.learn.tables import trajectory_table, weights_table
+from gradstore.stages.building import open_contributions
+from gradstore.stages.contributions import Reads, valid_queries
+from gradstore.stages.learn.choice import choose, hold_out
+from gradstore.stages.learn.methods import Problem, moments_of, solve
+from gradstore.stages.learn.pairs import find_positives
+from gradstore.stages.learn.reading import LearnedFrom
+from gradstore.stages.learn.settings import candidates_of, full_settings, seed_of, told_of, told_settings
+from gradstore.stages.learn.tables import candidates_table, trajectory_table, weights_table
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.backend import Storage
 from gradstore.store.contract import require_equal
 from gradstore.store.features import FeatureStore
 
-if TYPE_CHECKING:
-    from gradstore.numerics.learner import LearnerSettings
-    from gradstore.numerics.scores import Transform
-
-# Settings of the learner that follow from C: its shape, and what its scores end in.
-_TOLD_BY_CONTRIBUTIONS: Final = ("tile", "transform")
-
 
 def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
-    """Write the weights that Algorithm 1 finds, of every kernel of a sweep and every set to learn from its own.
+    """Write the weights of every kernel of a sweep and every set to learn from its own, as `LearnSection` says.
 
     Those that the store holds are left as they are.
 
     Raises
     ------
     NotReadyError
-        If contributions are missing.
+        If contributions are missing, or what they are built from.
     SpecError
         If k is larger than the number of train examples.
+    DataError
+        If there are no queries to learn from, or too few to hold some out, or pairs are of unknown examples.
     ContractError
         If weights of this name were learned otherwise.
+    ResourceError
+        If rows of C do not fit ``learn.memory`` and the solver cannot do without them.
     """
     del engine  # learning is light: it streams C in this process
     store = FeatureStore.open(spec.run.store)
@@ -52,41 +56,88 @@ def learn(spec: RunSpec, engine: Engine, progress: Progress) -> None:
 def _learn(spec: RunSpec, store: FeatureStore, target: tuple[str, str], progress: Progress) -> None:
     """Learn the weights of a target: from a set of queries, under a name."""
     set_name, name = target
-    contributions = Contributions.open(store, spec.kernel.name, set_name)
-    shape = contributions.artifact.shape
-    valid = len(contributions.valid_rows())
-    if spec.learn.k > valid:
-        raise SpecError(f"learn.k: found {spec.learn.k}; accepted: at most the {valid} train examples that are valid.")
-    tile = learner_tile((shape.queries, shape.rows, len(shape.groups)))
-    settings = learner_settings(spec, tile, contributions.artifact.settings["transform"])
-    artifact = WeightsArtifact.create(
-        store.storage,
-        name,
-        settings={
-            **_made_from(spec, set_name, asdict(settings)),
-            "contributions": dict(contributions.artifact.settings),
-        },
-    )
+    contributions = open_contributions(spec, store, set_name)
+    _refuse_large_k(spec, len(contributions.valid_rows()))
+    valid = valid_queries(store, set_name)
+    if not len(valid):
+        raise DataError(
+            f"{store.storage.url}/features/{set_name}: has no valid features of any query, so that nothing can be learned from it. "
+            f"See {'data.learn' if set_name == 'learn' else 'data.aspects'}."
+        )
+    held_out = hold_out(valid, spec.learn.share_held_out, seed_of(spec))
+    queries = np.setdiff1d(np.arange(contributions.shape.queries), held_out)
+    transform = contributions.settings["transform"]
+    tile = learner_tile((len(queries), contributions.shape.rows, len(contributions.shape.groups)))
+    made_from = _made_from(spec, set_name, full_settings(spec, tile=tile, transform=transform))
+    settings = {**made_from, "contributions": dict(contributions.settings)}
+    artifact = WeightsArtifact.create(store.storage, name, settings=settings)
     if artifact.is_complete():
         return
     started = time.monotonic()
-    learned, facts = _find(spec, contributions, settings, progress)
+    reads = Reads(contributions, progress, "learn")
+    problem = _problem(spec, store, target, LearnedFrom(reads, queries), tile)
+    found = solve(problem, progress)
+    with one_thread():
+        weights_VM = np.stack([each.weights for each in found])
+        choice = choose(reads, weights_VM, spec.learn.ks, held_out=held_out, transform=transform)
+    taken = found[choice.place]
     arrays = {array.name: array for array in store.open_set("train").info.arrays}
+    facts = {
+        "seconds": time.monotonic() - started,
+        **taken.facts,
+        "reads_in_all": max(reads.count, taken.facts["reads"]),
+    }
     artifact.write(
-        weights_table([arrays[name] for name in shape.groups], learned),
-        trajectory_table(learned),
-        facts={"seconds": time.monotonic() - started, **facts},
+        weights_table([arrays[name] for name in contributions.shape.groups], taken.weights),
+        trajectory_table(taken.steps, queries),
+        None if choice.gains is None else candidates_table(problem.candidates, found, choice),
+        facts=facts if choice.gains is None else {**facts, "held_out": held_out.tolist()},
+    )
+    if choice.gains is not None:
+        chosen = problem.candidates[choice.place]
+        progress.note(
+            f"{name}: of {len(found)} candidates k = {chosen.k}, weight_decay = {chosen.weight_decay:g}, seed = {chosen.seed} was "
+            f"taken, which raises the top scores of {len(held_out)} held-out queries to {choice.gains[choice.place]:.3f} times "
+            "those of uniform weights"
+        )
+
+
+def _problem(
+    spec: RunSpec, store: FeatureStore, target: tuple[str, str], learned_from: LearnedFrom, tile: int
+) -> Problem:
+    set_name, _ = target
+    contributions = learned_from.reads.contributions
+    positives = find_positives(spec, store, set_name)
+    moments = moments_of(store.storage, spec.kernel.name, set_name, contributions)
+    if spec.learn.noise:
+        # What was summed of C without noise is of another C.
+        moments = None
+        _add_noise(spec, learned_from)
+    return Problem(
+        learn=spec.learn,
+        candidates=candidates_of(spec),
+        learned_from=learned_from,
+        moments=moments,
+        positives=None if positives is None else [positives[query] for query in learned_from.queries],
+        tile=tile,
+        transform=contributions.settings["transform"],
     )
 
 
-def _find(spec: RunSpec, contributions: Contributions, settings: LearnerSettings, progress: Progress) -> Found:
-    """Certify the weights, if the run asks for it and it can be done; else stream, and say why."""
-    if spec.learn.method == "certified":
-        found = certified(contributions, settings, spec.learn.memory_bytes, progress)
-        if not isinstance(found, str):
-            return found
-        progress.note(f"weights are not certified but streamed, in {settings.epochs} reads of C: {found}")
-    return streamed(contributions, settings, progress)
+def _add_noise(spec: RunSpec, learned_from: LearnedFrom) -> None:
+    """Have C read with noise of ``learn.noise`` times the deviation of each group's contributions, which a read finds."""
+    from gradstore.numerics.learner import deviations, noisy
+
+    with one_thread():
+        deviation_M = spec.learn.noise * deviations(learned_from.read)
+    learned_from.noise = lambda read: noisy(read, deviation_M, seed_of(spec))
+
+
+def _refuse_large_k(spec: RunSpec, valid: int) -> None:
+    if spec.learn.objective != "pairs" and max(spec.learn.ks) > valid:
+        raise SpecError(
+            f"learn.k: found {max(spec.learn.ks)}; accepted: at most the {valid} train examples that are valid."
+        )
 
 
 def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
@@ -98,6 +149,8 @@ def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
         Naming the settings that differ.
     """
     for swept, (set_name, name) in ((run, target) for run in spec.sweep() for target in run.learn_targets()):
+        # Of pairs this tells what is wrong with their file.
+        told = told_settings(swept)
         artifact = WeightsArtifact.find_named(storage, name)
         if artifact is None:
             continue
@@ -106,15 +159,11 @@ def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
                 f"learn.name: the artifact {storage.url}/{artifact.folder} was taken from "
                 f"{artifact.settings['transferred_from']['store']}. Choose another learn.name, and rank by it with score.weights."
             )
-        learner = asdict(learner_settings(swept, tile=1))
-        told = {key: value for key, value in learner.items() if key not in _TOLD_BY_CONTRIBUTIONS}
-        asked = _made_from(swept, set_name, told)
-        stored = {key: artifact.settings.get(key) for key in asked}
-        stored["learner"] = {key: artifact.settings["learner"].get(key) for key in told}
+        learner = told_of(artifact.settings["learner"])
         require_equal(
             f"learn.name: the artifact {storage.url}/{artifact.folder}",
-            stored,
-            asked,
+            {key: artifact.settings.get(key) for key in ("kernel", "queries")} | {"learner": learner},
+            _made_from(swept, set_name, told),
             remedy=f"Restore these settings, choose another learn.name, or run `gradstore prune {storage.url} "
             f"{artifact.folder}`: the run then learns anew.",
         )
@@ -123,19 +172,3 @@ def refuse_other_weights(spec: RunSpec, storage: Storage) -> None:
 def _made_from(spec: RunSpec, set_name: str, learner: Mapping[str, Any]) -> dict[str, Any]:
     """What weights are made from, but for the contributions."""
     return {"learner": learner, "kernel": spec.kernel.name, "queries": set_name}
-
-
-def learner_settings(spec: RunSpec, tile: int, transform: Transform = "none") -> LearnerSettings:
-    """The settings of Algorithm 1 that run.toml asks for, of scores that end in a transform."""
-    from gradstore.numerics.learner import LearnerSettings
-
-    return LearnerSettings(
-        k=spec.learn.k,
-        epochs=spec.learn.epochs,
-        learning_rate=spec.learn.learning_rate,
-        weight_decay=spec.learn.weight_decay,
-        seed=spec.run.seed if spec.learn.seed is None else spec.learn.seed,
-        tile=tile,
-        transform=transform,
-        objective=spec.learn.objective,
-    )

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gradstore.plan.sizes import LEARNER_BUFFERS, verified_queries
-from gradstore.stages.contributions import Contributions
+from gradstore.stages.contributions import StoredContributions
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.sources import Method
 from gradstore.stages.weights import open_weights, read_weights
@@ -19,7 +19,7 @@ from gradstore.store.read_ahead import read_ahead
 
 
 def write_matrices(
-    store: FeatureStore, contributions: Contributions, methods: Sequence[Method], progress: Progress
+    store: FeatureStore, contributions: StoredContributions, methods: Sequence[Method], progress: Progress
 ) -> None:
     r"""Write the blocks that are missing of the scores under every weighting; C is read once for all.
 

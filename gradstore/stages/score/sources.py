@@ -1,8 +1,8 @@
-"""Where rankings come from: C, under every weight vector in one read; or scores that were made in its place."""
+"""Where rankings come from: C, under every weight vector in one read of it; or scores that were made in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from gradstore.numerics.scores import Ranked, Ranking
 from gradstore.spec import RunSpec
-from gradstore.stages.contributions import Contributions, ScoreMatrix
+from gradstore.stages.building import open_contributions
+from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix
 from gradstore.stages.progress import Progress
 from gradstore.stages.weights import UNWEIGHTED, open_weights, read_weights
 from gradstore.store.features import FeatureStore
@@ -78,7 +79,7 @@ def open_source(spec: RunSpec, store: FeatureStore) -> Source:
         return FromScores(store, weighted_methods(spec))
     for method in weighted_methods(spec):
         read_weights(store, method.weights)
-    return FromContributions(store, Contributions.open(store, spec.kernel.name, "eval"))
+    return FromContributions(store, open_contributions(spec, store, "eval"))
 
 
 class FromContributions:
@@ -95,11 +96,10 @@ class FromContributions:
     def __init__(self, store: FeatureStore, contributions: Contributions) -> None:
         self._store = store
         self._contributions = contributions
-        self._transform = contributions.artifact.settings["transform"]
 
     def settings(self, method: Method) -> dict[str, Any]:
         """See `Source`."""
-        found: dict[str, Any] = {"contributions": dict(self._contributions.artifact.settings)}
+        found: dict[str, Any] = {"contributions": dict(self._contributions.settings)}
         if method.weights is not None:
             found["weights"] = dict(open_weights(self._store, method.weights).settings)
         return found
@@ -110,40 +110,23 @@ class FromContributions:
 
     def rank(self, methods: Sequence[Method], keep: int, progress: Progress) -> dict[Method, Ranks]:
         """See `Source`."""
-        shape = self._contributions.artifact.shape
         vectors = {method: read_weights(self._store, method.weights) for method in methods if method.kernel is not None}
         if not vectors:
             return {}
-        parts: dict[Method, list[Ranks]] = {method: [] for method in vectors}
-        with progress.stage("score", shape.num_tiles * shape.rows, "rows") as advance:
-            for first in range(0, shape.queries, shape.query_tile):
-                last = min(first + shape.query_tile, shape.queries)
-                for method, ranks in self._rank_tile((first, last), vectors, keep, advance).items():
-                    parts[method].append(ranks)
-        return {method: _joined(tiles) for method, tiles in parts.items()}
-
-    def _rank_tile(
-        self,
-        queries: tuple[int, int],
-        vectors: Mapping[Method, np.ndarray],
-        keep: int,
-        advance: Callable[[int], None],
-    ) -> dict[Method, Ranks]:
-        shape = self._contributions.artifact.shape
-        size, groups = queries[1] - queries[0], len(shape.groups)
-        rankings = {
-            method: Ranking(num_queries=size, num_groups=groups, k=keep, transform=self._transform)
-            for method in vectors
-        }
-        buffers = [np.empty((size, shape.block_rows, groups), np.float32) for _ in range(2)]
-        for rows_N, c_QNM in self._contributions.read_blocks(*queries, buffers):
-            for method, ranking in rankings.items():
+        # The pieces of one block are of some queries each, always the same ones.
+        rankings: dict[int, dict[Method, Ranking]] = {}
+        for first, rows_N, c_QNM in Reads(self._contributions, progress, "score").read():
+            if first not in rankings:
+                rankings[first] = {method: self._ranking(len(c_QNM), keep) for method in vectors}
+            for method, ranking in rankings[first].items():
                 ranking.update(c_QNM, vectors[method], rows_N)
-            advance(len(rows_N))
         return {
-            method: Ranks(proponents=ranking.proponents(), opponents=ranking.opponents())
-            for method, ranking in rankings.items()
+            method: _joined([_both_sides(rankings[first][method]) for first in sorted(rankings)]) for method in vectors
         }
+
+    def _ranking(self, queries: int, keep: int) -> Ranking:
+        groups, transform = len(self._contributions.shape.groups), self._contributions.settings["transform"]
+        return Ranking(num_queries=queries, num_groups=groups, k=keep, transform=transform)
 
 
 class FromScores:
@@ -183,6 +166,10 @@ class FromScores:
                 sides = (_without_parts(ranking.proponents()), _without_parts(ranking.opponents()))
                 found[method] = Ranks(proponents=sides[0], opponents=sides[1])
         return found
+
+
+def _both_sides(ranking: Ranking) -> Ranks:
+    return Ranks(proponents=ranking.proponents(), opponents=ranking.opponents())
 
 
 def _without_parts(ranked: Ranked) -> Ranked:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from gradstore.cluster import Engine
 from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
-from gradstore.stages.contributions import Contributions, valid_queries
+from gradstore.stages.contributions import StoredContributions, valid_queries
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import bm25, random_rows
 from gradstore.stages.score.matrices import write_matrices
@@ -52,7 +52,7 @@ def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progres
     source = open_source(spec, store)
     # Where scores alone are made, these are what the rankings come from.
     if spec.score.matrices and spec.contribute.mode == "tensor":
-        contributions = Contributions.open(store, spec.kernel.name, "eval")
+        contributions = StoredContributions.open(store, spec.kernel.name, "eval")
         write_matrices(store, contributions, weighted_methods(spec), progress)
     artifacts = {method: _create(spec, store, source, method) for method in methods}
     artifacts = {method: artifact for method, artifact in artifacts.items() if not artifact.is_complete()}

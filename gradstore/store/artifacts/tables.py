@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ from gradstore.store.layout import ArrayLayout
 
 _WEIGHTS = "weights.parquet"
 _TRAJECTORY = "trajectory.parquet"
+_CANDIDATES = "candidates.parquet"
 _PROPONENTS = "proponents.parquet"
 _SUMMARY = "summary.json"
 
@@ -22,7 +24,10 @@ _SUMMARY = "summary.json"
 class _TablesArtifact(Artifact):
     """An artifact of one unit, under one name, without arrays."""
 
-    objects: ClassVar[tuple[str, ...]]
+    @property
+    @abstractmethod
+    def objects(self) -> tuple[str, ...]:
+        """The objects of the unit."""
 
     def arrays(self) -> dict[str, ArrayLayout]:
         """See `Artifact.arrays`; it has none."""
@@ -50,12 +55,31 @@ class _TablesArtifact(Artifact):
 
 
 class WeightsArtifact(_TablesArtifact):
-    """Learned weights w[j] and how they were reached, at ``weights/<name>``; one unit is the whole."""
+    """Learned weights w[j] and how they were reached, at ``weights/<name>``; one unit is the whole.
+
+    Where queries were held out, by which candidates are judged, there is a table of these.
+    """
 
     kind: ClassVar[str] = "weights"
-    objects: ClassVar[tuple[str, ...]] = (_WEIGHTS, _TRAJECTORY)
 
-    def write(self, weights: pa.Table, trajectory: pa.Table, *, facts: Mapping[str, Any]) -> Record:
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The objects of the unit."""
+        return (_WEIGHTS, _TRAJECTORY, *([_CANDIDATES] if self.has_candidates else []))
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether there is a table of candidates; it stays behind when weights go to another store."""
+        return "transferred_from" not in self.settings and bool(self.settings.get("learner", {}).get("held_out"))
+
+    def write(
+        self,
+        weights: pa.Table,
+        trajectory: pa.Table,
+        candidates: pa.Table | None = None,
+        *,
+        facts: Mapping[str, Any],
+    ) -> Record:
         """Write and commit the artifact.
 
         Parameters
@@ -63,11 +87,16 @@ class WeightsArtifact(_TablesArtifact):
         weights
             One row for each group, in their order: group, depth, function, weight.
         trajectory
-            One row for each step: step, epoch, query, loss, and weights, which are null but where an epoch ends.
+            One row for each step: step, epoch, query, loss, and weights, which are null but where an epoch ends. None of
+            solvers that take no steps query by query.
+        candidates
+            One row for each candidate: k, weight_decay, seed, gain, chosen, weights; where queries were held out.
         facts
             What to keep in the record: seconds, versions.
         """
         payloads = {_WEIGHTS: encode_table(weights), _TRAJECTORY: encode_table(trajectory)}
+        if candidates is not None:
+            payloads[_CANDIDATES] = encode_table(candidates)
         return self._committed(0) or self._write_unit(0, payloads, facts)
 
     def read(self) -> pa.Table:
@@ -78,12 +107,20 @@ class WeightsArtifact(_TablesArtifact):
         """Return the trajectory; NotReadyError if it is not committed."""
         return decode_table(self._read_object(_TRAJECTORY))
 
+    def read_candidates(self) -> pa.Table | None:
+        """Return the candidates, None where there was nothing to choose; NotReadyError if they are not committed."""
+        return decode_table(self._read_object(_CANDIDATES)) if self.has_candidates else None
+
 
 class ScoresArtifact(_TablesArtifact):
     """Proponents and opponents of every query, and what they amount to, at ``scores/<name>``; one unit is the whole."""
 
     kind: ClassVar[str] = "scores"
-    objects: ClassVar[tuple[str, ...]] = (_PROPONENTS, _SUMMARY)
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The objects of the unit."""
+        return (_PROPONENTS, _SUMMARY)
 
     def write(self, proponents: pa.Table, summary: Mapping[str, Any], *, facts: Mapping[str, Any]) -> Record:
         """Write and commit the artifact.

@@ -1,0 +1,159 @@
+"""Pairs of a query and an example that is to score best for it, read from a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, Final, NamedTuple
+
+import fsspec
+import numpy as np
+
+from gradstore.errors import DataError, SpecError
+from gradstore.spec import RunSpec, content_hash
+from gradstore.stages.contributions import valid_queries
+from gradstore.store.features import FeatureStore
+
+_COLUMNS: Final = ("query", "example")
+_ENDINGS: Final = (".jsonl", ".csv", ".parquet")
+
+
+class Pair(NamedTuple):
+    """Ids of a query and an example, and where the file says so."""
+
+    query: str
+    example: str
+    where: str
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """Read a .jsonl, .csv or .parquet file with the columns query and example.
+
+    Raises
+    ------
+    SpecError
+        If there is no such file, or it has another ending.
+    DataError
+        If it has no pairs, or a line has none of the columns, or not text in them.
+    """
+    ending = PurePath(path).suffix
+    if ending not in _ENDINGS:
+        raise SpecError(f"learn.pairs: found {path}; accepted: a file that ends in {', '.join(_ENDINGS)}.")
+    try:
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error}"
+        raise SpecError(f"learn.pairs: found {path}; {reason}.") from error
+    read = {".jsonl": _from_jsonl, ".csv": _from_csv, ".parquet": _from_parquet}[ending]
+    pairs = [_pair(f"{path}:{line}", row) for line, row in read(path, content)]
+    if not pairs:
+        raise DataError(f"{path}: holds no pairs. Each is a row with the columns query and example.")
+    return pairs
+
+
+def hash_pairs(path: str) -> str:
+    """Digest of the pairs that a file holds, whatever their order and its format."""
+    return content_hash(sorted({(pair.query, pair.example) for pair in read_pairs(path)}))
+
+
+def find_positives(spec: RunSpec, store: FeatureStore, set_name: str) -> list[np.ndarray] | None:
+    """Rows of the train set that are to score best for each query of a set, ascending; None where no pairs are asked for.
+
+    A file may have pairs for all sets that weights are learned from: those of other sets are passed over.
+
+    Raises
+    ------
+    DataError
+        If an id is unknown or of a row that is not valid, or the set has no pair.
+    """
+    path = spec.learn.pairs
+    if path is None:
+        return None
+    others = [name for name in spec.data.learn_sets() if name != set_name]
+    elsewhere = {example_id for name in others for example_id in _rows(store, name)}
+    queries, examples = _rows(store, set_name), _rows(store, "train")
+    members = store.open_set("train").info.members
+    valid_N = np.logical_and.reduce([store.open_set("train", member).valid_rows() for member in members])
+    valid = {"query": {*valid_queries(store, set_name).tolist()}, "example": {*np.flatnonzero(valid_N).tolist()}}
+    found: list[set[int]] = [set() for _ in range(store.open_set(set_name).info.rows)]
+    for pair in read_pairs(path):
+        if pair.query not in queries and pair.query in elsewhere:
+            continue
+        of_query = _known(pair, "query", queries, (set_name, valid["query"]))
+        of_example = _known(pair, "example", examples, ("train", valid["example"]))
+        for query in of_query:
+            found[query].update(of_example)
+    if not any(found):
+        raise DataError(f"{path}: holds no pairs of queries of {set_name}, from which weights are to be learned.")
+    return [np.array(sorted(rows), np.int64) for rows in found]
+
+
+def _known(pair: Pair, column: str, rows: Mapping[str, Sequence[int]], of: tuple[str, set[int]]) -> list[int]:
+    """Rows of an id, of a set and its valid rows."""
+    (set_name, valid), name = of, getattr(pair, column)
+    if name not in rows:
+        raise DataError(f"{pair.where}: {column} {name!r} is not the id of an example of {set_name}.")
+    found = [row for row in rows[name] if row in valid]
+    if not found:
+        raise DataError(
+            f"{pair.where}: {column} {name!r} has no valid features in {set_name}, and so no contributions. Leave out this pair."
+        )
+    return found
+
+
+def _rows(store: FeatureStore, set_name: str) -> dict[str, list[int]]:
+    """Rows of every id of a set."""
+    found: dict[str, list[int]] = {}
+    for row, example_id in enumerate(store.open_set(set_name).read_column("example_id")):
+        if example_id is not None:
+            found.setdefault(example_id, []).append(row)
+    return found
+
+
+def _pair(where: str, row: Any) -> Pair:
+    if not isinstance(row, Mapping) or not {*_COLUMNS} <= {*row}:
+        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DataError(f"{where}: found the columns {found or 'none'}; a pair has the columns query and example.")
+    for column in _COLUMNS:
+        if not isinstance(row[column], str) or not row[column]:
+            raise DataError(f"{where}: {column} is {row[column]!r}; accepted: the id of an example, as text.")
+    return Pair(query=row["query"], example=row["example"], where=where)
+
+
+def _from_jsonl(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_text(path, content).splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not readable as JSON: {error}.") from error
+
+
+def _from_csv(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(_text(path, content), newline=""))
+    if reader.fieldnames is not None and not {*_COLUMNS} <= {*reader.fieldnames}:
+        _pair(f"{path}:1", dict.fromkeys(reader.fieldnames))
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _from_parquet(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(io.BytesIO(content))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as parquet: {error}.") from error
+    yield from enumerate(table.to_pylist(), start=1)
+
+
+def _text(path: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not readable as text in UTF-8: {error}.") from error
