@@ -27,7 +27,7 @@ class ClusterSection(Section):
 
     kind: Literal["local", "scheduler", "slurm", "kubernetes"] = "local"
     address: str | None = None
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=100_000)
     minimum: int | None = Field(default=None, ge=0)
     memory_per_worker: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

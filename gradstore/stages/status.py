@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gradstore.store.artifacts import ScoresArtifact, list_artifacts, stale_blocks
+from gradstore.store.codecs import as_written
 from gradstore.store.features import FeatureStore
+from gradstore.store.layout import ARTIFACT_FILE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,14 +87,15 @@ def _progress(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
 
 def _contributions(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
     kernel, _, queries = artifact.name.partition("/")
-    shape = artifact.settings["shape"]
-    return {
-        **_progress(artifact, stale),
-        "kernel": kernel,
-        "kernel_settings": artifact.settings["kernel"],
-        "set": queries,
-        "shape": [shape["queries"], shape["rows"], len(shape["groups"])],
-    }
+    with as_written(f"{artifact.path}/{ARTIFACT_FILE}", "`gradstore verify` says what to do with it."):
+        shape = artifact.settings["shape"]
+        return {
+            **_progress(artifact, stale),
+            "kernel": kernel,
+            "kernel_settings": artifact.settings["kernel"],
+            "set": queries,
+            "shape": [shape["queries"], shape["rows"], len(shape["groups"])],
+        }
 
 
 def _weights(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:

@@ -33,6 +33,31 @@ class ObjectEntry:
     bytes: int
     crc32c: str
 
+    def __post_init__(self) -> None:
+        if type(self.bytes) is not int or self.bytes < 0 or type(self.crc32c) is not str:
+            raise TypeError(f"an object of {self.bytes!r:.60} bytes with crc32c {self.crc32c!r:.60}")
+
+
+class Entries(dict[str, ObjectEntry]):
+    """Objects that a record names; asking it for another is an error of the record.
+
+    Parameters
+    ----------
+    entries
+        By path.
+    where, remedy
+        Which record, and what to do where it names too few.
+    """
+
+    __slots__ = ("_remedy", "_where")
+
+    def __init__(self, entries: Mapping[str, ObjectEntry], where: str, remedy: str) -> None:
+        super().__init__(entries)
+        self._where, self._remedy = where, remedy
+
+    def __missing__(self, path: str) -> ObjectEntry:
+        raise IntegrityError(f"{self._where}: does not name {path}, which is part of what it commits. {self._remedy}")
+
 
 def publish_object(
     storage: Storage,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import google_crc32c
 import numpy as np
@@ -19,10 +20,23 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradstore.errors import IntegrityError
+from gradstore.errors import IntegrityError, SpecError
 from gradstore.store.backend import Part
 from gradstore.store.compression import COMPRESSIONS
 from gradstore.store.layout import ArrayLayout
+
+MALFORMED: Final = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    SpecError,
+    TypeError,
+    ValueError,
+)
+"""What taking apart a document raises whose checksum is right, and that is yet not of this version's shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +168,39 @@ def decode_document(data: bytes, where: str, remedy: str) -> dict[str, Any]:
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         # Its own text would repeat the whole document.
         raise IntegrityError(f"{where}: is not a gradstore document: {error.reason}. {remedy}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where}: is not a gradstore document: {error}. {remedy}") from error
     if not sound:
         raise IntegrityError(f"{where}: was changed after it was written: its crc32c is another's. {remedy}")
     return value
+
+
+@contextmanager
+def as_written(where: str, remedy: str) -> Iterator[None]:
+    """Enter to take apart a document whose checksum is right: what no writer of gradstore writes is an error of the document.
+
+    Raises
+    ------
+    IntegrityError
+        In place of what its values led to; ``where`` names it, and ``remedy`` says what to do.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        raise IntegrityError(f"{where}: is not of this version's shape: {error!r}. {remedy}") from error
+
+
+def require_types(value: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    """Compare values of a document with their types; true is no number.
+
+    Raises
+    ------
+    TypeError
+        Naming the key.
+    """
+    for key, accepted in types.items():
+        if type(value[key]) not in accepted:
+            raise TypeError(f"{key} is {value[key]!r:.60}, not {' or '.join(each.__name__ for each in accepted)}")
 
 
 def plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError, SupersededError
 from gradstore.store.backend import Storage
-from gradstore.store.blocks import ObjectEntry, in_parallel, publish_object
+from gradstore.store.blocks import Entries, ObjectEntry, in_parallel, publish_object
 from gradstore.store.codecs import Payload, decode_document, encode_document
 from gradstore.store.layout import parse_record_path, record_path
 
@@ -319,8 +319,8 @@ class CommitLog:
         where = f"{self.storage.url}/{path}"
         value = decode_document(self.storage.read(path), where, self.remedy())
         try:
-            objects = {name: ObjectEntry(**entry) for name, entry in value.pop("objects").items()}
-            record = Record(objects=objects, **value)
+            entries = {name: ObjectEntry(**entry) for name, entry in value.pop("objects").items()}
+            record = Record(objects=Entries(entries, where, self.remedy()), **value)
         except (KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(
                 f"{where}: is not a commit record of this version: {error!r}. {self.remedy()}"

@@ -178,7 +178,7 @@ def test_a_writer_runs_a_whole_run_and_a_reader_reads_it_and_changes_nothing(gua
     url = guarded.url("runs/one/store")
     run = synthetic_run(tmp_path / "run", url)
     writer, reader = as_user(guarded, "writer"), as_user(guarded, "reader")
-    done = gradstore("run", run, "--quiet", env=writer)
+    done = gradstore("run", run, "--quiet", env=writer, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for verb in ("gc", "verify"):
         kept = gradstore(verb, url, env=writer)

@@ -25,12 +25,14 @@ from gradstore.store.blocks import (
     read_document,
     read_object,
 )
-from gradstore.store.codecs import Payload, plain
+from gradstore.store.codecs import Payload, as_written, plain, require_types
 from gradstore.store.commits import Attempt, CommitLog, Record
 from gradstore.store.contract import require_equal, require_version
 from gradstore.store.layout import ARTIFACT_FILE, FORMAT_VERSION, ArrayLayout, check_name, chunk_path
 
 # Top folder of each kind of artifact, and how many names lead from there to the artifact.
+# Far above any artifact: no number of units makes a loop that does not end.
+MOST_UNITS: Final = 10**7
 FOLDERS: Final = {
     "projection": ("projections", 1),
     "kernel": ("kernels", 2),
@@ -354,4 +356,10 @@ def _read_info(storage: Storage, kind: str, folder: str) -> ArtifactInfo | None:
     if document is None:
         return None
     require_version(f"The artifact {storage.url}/{folder}", document)
-    return ArtifactInfo(**{name: document[name] for name in ("kind", "num_units", "settings", "recorded")})
+    with as_written(f"{storage.url}/{folder}/{ARTIFACT_FILE}", _make_anew(storage, kind, folder)):
+        require_types(document, {"kind": (str,), "num_units": (int,), "settings": (dict,), "recorded": (dict,)})
+        if document["kind"] not in FOLDERS or not 0 <= document["num_units"] <= MOST_UNITS:
+            raise ValueError(f"{document['num_units']:,} units of the kind {document['kind']!r:.60}")
+        for _ in snapshots_in(document["settings"]):
+            pass
+        return ArtifactInfo(**{name: document[name] for name in ("kind", "num_units", "settings", "recorded")})

@@ -19,7 +19,7 @@ from gradstore.store.blocks import (
     publish_object,
     read_document,
 )
-from gradstore.store.codecs import Payload, encode_document, encode_table, plain
+from gradstore.store.codecs import Payload, as_written, encode_document, encode_table, plain
 from gradstore.store.contract import require_equal, require_version
 from gradstore.store.features.feature_set import FeatureSet
 from gradstore.store.features.info import RESTORE, SetInfo, SetVersion
@@ -220,15 +220,23 @@ class FeatureStore:
             remedy = "Restore it from a copy; do not delete it: an erasure may be in it."
         if found is None:
             return None
-        inputs = {path: ObjectEntry(**entry) for path, entry in found["inputs"].items()}
-        version = SetVersion(number=number - 1, info=SetInfo.from_json(found["info"]), inputs=inputs)
+        with as_written(f"{self.storage.url}/{set_path(folder, number - 1)}", remedy):
+            inputs = {path: ObjectEntry(**entry) for path, entry in found["inputs"].items()}
+            version = SetVersion(number=number - 1, info=SetInfo.from_json(found["info"]), inputs=inputs)
+            # Also that no number of rows makes a loop that does not end.
+            if version.info.num_blocks != len(inputs) or version.info.name != name:
+                raise ValueError(
+                    f"the set {version.info.name} of {version.info.num_blocks} blocks has {len(inputs)} inputs"
+                )
         return FeatureSet(self.storage, version, version.info.members[0])
 
     def claim_version(self, number: int, info: SetInfo) -> SetInfo:
         """Claim a version of a set, and return what the first to claim it asked for."""
         path = claim_path(info.folder, number)
         remedy = f"Delete {self.storage.url}/{path}, then run the same command again: it makes it anew."
-        return SetInfo.from_json(claim_document(self.storage, path, {"info": info.to_json()}, remedy=remedy)["info"])
+        found = claim_document(self.storage, path, {"info": info.to_json()}, remedy=remedy)
+        with as_written(f"{self.storage.url}/{path}", remedy):
+            return SetInfo.from_json(found["info"])
 
     def publish_version(self, number: int, info: SetInfo, inputs: Mapping[str, ObjectEntry]) -> None:
         """Publish the document of a version of a set, last: until then it is the version before."""

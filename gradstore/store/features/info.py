@@ -9,7 +9,7 @@ from typing import Any, Final
 from gradstore.errors import SpecError
 from gradstore.spec import SET_FOLDERS
 from gradstore.store.blocks import ObjectEntry
-from gradstore.store.codecs import plain
+from gradstore.store.codecs import plain, require_types
 from gradstore.store.compression import COMPRESSIONS
 from gradstore.store.contract import require_equal
 from gradstore.store.dtypes import DTYPES, DtypeName, is_scale
@@ -224,7 +224,17 @@ class SetInfo(RowBlocks):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SetInfo:
-        """Return the set that `to_json` described."""
+        """Return the set that `to_json` described.
+
+        Raises
+        ------
+        MALFORMED
+            If it is of another shape.
+        """
+        require_types(value, _TYPES)
+        for key, rows in (("erased", value["erased"]), ("gaps", [row for gap in value["gaps"] for row in gap])):
+            if not all(type(row) is int for row in rows):
+                raise TypeError(f"{key} is {value[key]!r:.60}, not rows")
         own = {
             "arrays": tuple(_array_from_json(array) for array in value["arrays"]),
             "members": tuple(value["members"]),
@@ -252,7 +262,27 @@ class SetInfo(RowBlocks):
         require_equal(where, _identity(self), wanted, remedy=remedy)
 
 
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rows", "block_rows"), (int,)),
+    **dict.fromkeys(("name", "dtype", "data_hash", "compression"), (str,)),
+    **dict.fromkeys(("arrays", "members", "gaps", "erased"), (list,)),
+    "recorded": (dict,),
+    "remaining_hash": (str, type(None)),
+}
+_MOST_FEATURES = 2**40
+_ARRAY_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "function"), (str,)),
+    "features": (int,),
+    "scale": (float, int),
+    "depth": (int, type(None)),
+    "parts": (list,),
+}
+
+
 def _array_from_json(value: Mapping[str, Any]) -> FeatureArray:
+    require_types(value, _ARRAY_TYPES)
+    if not 1 <= value["features"] <= _MOST_FEATURES:
+        raise ValueError(f"{value['name']!r:.60} has {value['features']} features")
     parts = tuple(FeaturePart(**{**part, "shape": tuple(part["shape"])}) for part in value["parts"])
     return FeatureArray(**{**value, "parts": parts})
 

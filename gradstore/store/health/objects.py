@@ -104,7 +104,7 @@ def difference(found: bytes, accepted: Sequence[bytes]) -> str | None:
     """
     try:
         theirs, ours = json.loads(found), [json.loads(each) for each in accepted]
-    except ValueError:
+    except (ValueError, RecursionError):
         return None if found in accepted else "is damaged"
     if not isinstance(theirs, dict):
         return "is no Zarr document"

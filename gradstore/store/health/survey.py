@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError, SpecError
+from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError
 from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact
 from gradstore.store.artifacts.artifact import FOLDERS, VERBS, Artifact
 from gradstore.store.backend import ObjectInfo, Storage
 from gradstore.store.blocks import ObjectEntry
-from gradstore.store.codecs import decode_document
+from gradstore.store.codecs import MALFORMED, decode_document
 from gradstore.store.contract import require_version
 from gradstore.store.features import FeatureSet, SetInfo, SetVersion
 from gradstore.store.health.ledger import ARTIFACTS, Ledger, ledger_of_artifact, ledger_of_member
@@ -34,8 +34,8 @@ _SET_DOCUMENT: Final = re.compile(r"features/[^/]+/(set|claim)\.(\d+)\.json")
 _INPUTS: Final = re.compile(r"features/[^/]+/inputs/\d+\.(\d+)\.parquet")
 _KINDS_OF_FOLDERS: Final = {top: kind for kind, (top, _) in FOLDERS.items()}
 _RESTORE: Final = "Restore it from a copy; where there is none, choose another run.store."
-# What a document raises that is sound and yet not of this version's shape.
-_MALFORMED: Final = (AttributeError, KeyError, TypeError, ValueError, SpecError)
+# IntegrityError: of what the store itself has found so.
+_MALFORMED: Final = (*MALFORMED, IntegrityError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,17 +281,19 @@ def _survey_artifact(survey: Survey, folder: str) -> None:
         if artifact.info.kind != kind:
             survey.add("damaged document", path, f"is of an artifact of the kind {artifact.info.kind}", remedy)
             return
-        arrays = artifact.arrays()
-        artifact.unit_objects(0) if artifact.info.num_units else {}
+        # All of what is asked of it later.
+        ledger = ledger_of_artifact(artifact)
+        for unit in range(artifact.info.num_units):
+            ledger.objects_of(unit)
+        _expect_metadata(survey, {f"{folder}/{place}": layout for place, layout in artifact.arrays().items()})
+        if isinstance(artifact, ContributionArtifact | MomentsArtifact):
+            for place, payload in artifact.scale_chunks().items():
+                survey.metadata[f"{folder}/{place}"].append(b"".join(payload.parts))
     except _MALFORMED as error:
         survey.add("damaged document", path, f"is not of this version's shape: {error!r}", remedy)
         return
     survey.artifacts[folder] = artifact
-    survey.ledgers.append(ledger_of_artifact(artifact))
-    _expect_metadata(survey, {f"{folder}/{place}": layout for place, layout in arrays.items()})
-    if isinstance(artifact, ContributionArtifact | MomentsArtifact):
-        for place, payload in artifact.scale_chunks().items():
-            survey.metadata[f"{folder}/{place}"].append(b"".join(payload.parts))
+    survey.ledgers.append(ledger)
 
 
 def _expect_metadata(survey: Survey, arrays: Mapping[str, ArrayLayout]) -> None:
