@@ -33,8 +33,8 @@ from gradstore.numerics.learner import (
 )
 from gradstore.numerics.moments import Candidates, SecondMoments, kept_rows
 from gradstore.plan.sizes import learner_tile, query_tile
-from gradstore.stages.contributions import Contributions, Reads
-from gradstore.stages.learn.methods import TileReader
+from gradstore.stages.contributions import Contributions, Reads, StoredContributions
+from gradstore.stages.learn.reading import LearnedFrom, TileReader
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import ContributionArtifact, ContributionShape
 from gradstore.store.backend import open_storage
@@ -117,7 +117,7 @@ def _make(folder: Path) -> tuple[Contributions, Guesses]:
         c_QNM = c_QNM.astype(np.float16).astype(np.float32)
         artifact.write_block(block, c_QNM, facts={})
         guesses.add(np.arange(start, stop), c_QNM)
-    return Contributions(artifact=ContributionArtifact.open(storage, "bench", "learn"), valid={}), guesses
+    return StoredContributions(artifact=ContributionArtifact.open(storage, "bench", "learn"), valid={}), guesses
 
 
 def _measured(contributions: Contributions, guesses: Guesses) -> Iterator[dict[str, Any]]:
@@ -138,10 +138,11 @@ def _measured(contributions: Contributions, guesses: Guesses) -> Iterator[dict[s
         "timed": {"seconds": round(seconds, 2), "a_read": round(a_read, 2)},
     }
 
+    every = LearnedFrom(Reads(contributions, Progress(quiet=True), "bench"), np.arange(QUERIES))
     once = LearnerSettings(k=GRID, epochs=1, tile=tile)
     streamed = _seconds(
         lambda: learn_weights(
-            TileReader(contributions, tile, lambda _: None).read, num_queries=QUERIES, num_groups=GROUPS, settings=once
+            TileReader(every, tile, lambda _: None).read, num_queries=QUERIES, num_groups=GROUPS, settings=once
         )
     )
     seconds, found = _certified(contributions, guesses, grid)
