@@ -127,7 +127,8 @@ class Engine:
                 "no worker process is left, and none could be started again. What was committed stays; the same command "
                 "goes on from there."
             )
-        self._announce(f"no worker is left at {self._section.address}; waiting for one")
+        at = self._section.address or f"the {self._section.kind} cluster"
+        self._announce(f"no worker is at {at}; waiting for one")
         return now
 
 
