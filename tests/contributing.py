@@ -86,6 +86,7 @@ def fill(feature_set: FeatureSet, invalid: Sequence[int] = ()) -> None:
         table = pa.table(
             {
                 "row": pa.array(rows, pa.int64()),
+                "example_id": [f"example {row}" for row in rows],
                 "valid": valid,
                 "p": pa.array([None for _ in rows], pa.float64()),
                 "residual": pa.array([None for _ in rows], pa.float64()),

@@ -19,7 +19,7 @@ from gradstore.adapters import Adapter
 from gradstore.errors import ResourceError, SpecError
 from gradstore.groups import ParameterGroup, Partition
 from gradstore.plan.combinations import refuse_combinations
-from gradstore.plan.contributions import contribute_notes, plan_contribute
+from gradstore.plan.contributions import building_notes, contribute_notes, plan_contribute
 from gradstore.plan.dtypes import BLOSC_RATIOS, SCORE_ERRORS
 from gradstore.plan.kernels import (
     SMALLER_KERNELS,
@@ -158,6 +158,7 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     # Lengths are declared of texts, and of synthetic examples, which have none.
     texts = spec.model.adapter != "synthetic" if splits is None else any(example.text for example in splits["eval"])
     stages = stage_plans(spec, widths, sets, memory, spectra=kernel.needs_spectra, texts=texts)
+    cut = plan_contribute(spec, widths, sets)
     plan = Plan(
         partition=model.partition,
         projection=projection,
@@ -169,7 +170,8 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
         notes=(
             *_notes(spec, sets, stages, model.partition, sizes),
             *_kernel_notes(spec, kernel, widths, sets),
-            *contribute_notes(plan_contribute(spec, widths, sets)),
+            *contribute_notes(cut),
+            *building_notes(spec, cut, sets["train"]),
         ),
     )
     _refuse_wide_chunks(spec, plan)

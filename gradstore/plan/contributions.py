@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
 
@@ -21,7 +21,16 @@ from gradstore.plan.contribute import (
 from gradstore.plan.full import full_options, full_sizes, route_of
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.routes import Route, route_memory
-from gradstore.plan.sizes import BLOCKS_PER_WORKER, ITEM_BYTES, SetPlan, StagePlan, Widths, query_tile, split
+from gradstore.plan.sizes import (
+    BLOCKS_PER_WORKER,
+    ITEM_BYTES,
+    SetPlan,
+    StagePlan,
+    Widths,
+    gigabytes,
+    query_tile,
+    split,
+)
 from gradstore.spec import SPLITS, RunSpec
 from gradstore.store.artifacts import MomentsShape, QueryShape, span_edges
 
@@ -129,6 +138,23 @@ def plan_contribute(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan]) 
     )
 
 
+def building_plan(spec: RunSpec, cut: ContributePlan, train: SetPlan, name: str) -> ContributePlan:
+    """How C of one set is built in the process that reads it, where C is not kept: every part in a pass of its own.
+
+    Parts of what `contribute` sums are those that it has, so that products have the same bits.
+    """
+    shape, groups = cut.queries[name], cut.columns
+    own = [stack for stack in cut.stacks if stack[0][0] == name]
+    if own:
+        parts = cut.parts
+    else:
+        own = [[(name, query_tile((shape.queries, train.rows, groups), train.block_rows, spec.contribute.dtype))]]
+        held = len(spec.model.etas) * _held_bytes(shape, groups)
+        built = BUFFERS * 4 * shape.queries * train.block_rows * groups
+        parts, _ = query_passes(held, built, spec.cluster.worker_memory_bytes, 1)
+    return replace(cut, stacks=own[:1], parts=parts, passes=parts, moments={})
+
+
 def contributed_sets(spec: RunSpec) -> tuple[str, ...]:
     """The sets that contributions or scores are made of, in order."""
     of_mode = {"tensor": spec.data.query_sets(), "streamed": spec.data.learn_sets(), "scores": ("eval",)}
@@ -200,6 +226,18 @@ def contribute_notes(cut: ContributePlan) -> list[str]:
     held = "queries of all sets, dampings and members, or C of blocks for them,"
     return [
         f"contribute reads the train features {cut.passes} times: {held} take more than a quarter of a worker's memory"
+    ]
+
+
+def building_notes(spec: RunSpec, cut: ContributePlan, train: SetPlan) -> list[str]:
+    """What a reader is told of the passes over the features in place of reads of C that is not kept."""
+    if spec.contribute.mode != "streamed":
+        return []
+    sets = (*spec.data.learn_sets(), "eval")
+    passes = ", ".join(f"{building_plan(spec, cut, train, name).passes} for {name}" for name in sets)
+    return [
+        f"learn and score build C of the train features, {gigabytes(train.feature_bytes)}, in the process that runs the command; "
+        f"passes over them in place of each read of C: {passes}"
     ]
 
 

@@ -23,6 +23,8 @@ from gradstore.plan.sizes import (
     SetPlan,
     Widths,
     certifies,
+    learner_tile,
+    query_tile,
     row_scale_bytes,
     verified_queries,
     weightings,
@@ -52,6 +54,8 @@ CHUNKS_AT_ONCE: Final = (4, 16)
 BLOCKS_OF_SCALES: Final = 6
 # A chunk of self-influence under one damping, in float64 and as it is stored.
 INFLUENCE_BYTES: Final = 2**20
+# Scores of a query that are held at least where weights are judged (numerics/learner/judging.py).
+LEAST_JUDGED: Final = 1024
 # Text, words and BM25 index of one token of the corpus.
 TEXT_BYTES: Final = 40
 
@@ -132,9 +136,7 @@ class TaskMemory:
 
         Queries are preconditioned in tasks of their own, before.
         """
-        widest = 4 * train.block_rows * max(self._full)
-        read = 2 * min(READ_BYTES + widest, 4 * train.block_rows * sum(self._full))
-        span = span_bytes(self._spec, cut, self._of_groups, train) + read + self._chunks([train])
+        span = span_bytes(self._spec, cut, self._of_groups, train) + self._read_features(train)
         before = self._precondition([shape.queries for shape in cut.queries.values()], spectra=spectra)
         if cut.route is not None:
             before = coefficient_bytes(self._spec, cut, self._of_groups, train) + self._chunks([train])
@@ -146,47 +148,69 @@ class TaskMemory:
         tokens = self._spec.score.tail_patch.k * train.length
         return PROCESS_BYTES + 2 * self._weights + largest + self._largest_of(lambda item: self._pass(tokens, item))
 
-    def learn(self, train: SetPlan, queries: SetPlan, tile: int) -> int:
-        """A_q and rows of a span, beside those of all; weights of every step, and C of two blocks; of a tile where C is streamed.
+    def learn(self, train: SetPlan, queries: SetPlan, built: ContributePlan | None) -> int:
+        """What certifying takes, and what streaming takes, to which it may come: the more; with C as it is read or built.
 
-        ``tile`` is of C's chunks where weights are certified, else of the learner: reading the next the last is still there.
+        To certify, A_q and rows of a span, beside those of all, and weights of every step of each candidate; to stream, C of a
+        tile; to choose, the best scores of the held-out queries under all candidates. ``built`` is how C is, if not kept.
         """
-        groups, steps = len(self._groups), self._spec.learn.epochs * queries.rows
-        if not certifies(self._spec):
-            a_tile = 4 * tile * train.rows * groups
-            return PROCESS_BYTES + a_tile * min(2, math.ceil(queries.rows / tile)) + 200 * steps
-        verified = verified_queries((queries.rows, groups), train.block_rows, tile)
-        pieces = LEARNER_BUFFERS * 4 * verified * train.block_rows * groups
+        learn, groups = self._spec.learn, len(self._groups)
+        steps = learn.epochs * queries.rows
+        tile = learner_tile((queries.rows, train.rows, groups))
+        streamed = 4 * tile * train.rows * groups + 200 * steps
         sums = 2 * 8 * queries.rows * groups**2
         # No more than the whole of C, each row with its number.
-        kept = min(self._spec.learn.memory_bytes, queries.rows * train.rows * (4 * groups + 8))
-        return PROCESS_BYTES + sums + 2 * kept + pieces + steps * (24 * groups + 200)
+        kept = min(learn.memory_bytes, queries.rows * train.rows * (4 * groups + 8))
+        certified = sums + 2 * kept + learn.num_candidates * steps * (24 * groups + 200)
+        held_out = math.ceil(learn.share_held_out * queries.rows)
+        judged = 16 * max(*learn.ks, LEAST_JUDGED) * held_out * (learn.num_candidates + 1)
+        falls_back = learn.solver == "algorithm_1"
+        most = max(certified if certifies(self._spec) else 0, streamed if falls_back else certified, judged)
+        return PROCESS_BYTES + most + self._pieces(train, queries, built)
 
-    def rank(self, train: SetPlan, queries: SetPlan, tile: tuple[int, int], *, texts: bool) -> int:
-        """Two blocks of C, one also in float64, what is kept of it for rankings of two sides, and any texts for BM25.
+    def rank(self, train: SetPlan, queries: SetPlan, built: ContributePlan | None, *, texts: bool) -> int:
+        """C as it is read or built, one piece of it also in float64, what is kept of it for rankings of two sides, and texts.
 
-        ``tile`` is the queries and groups of a block; of scores all queries, and one.
+        Scores are C of one group, of all queries. Texts, for BM25, are those of both sets.
         """
-        size, groups = tile
-        block = size * train.block_rows * (16 * groups + 40)
+        groups, alone = len(self._groups), self._spec.contribute.mode == "scores"
+        size = self._at_a_time(train, queries) if built is None else built.pass_rows
+        block = size * train.block_rows * (8 * groups + 40) + self._pieces(train, queries, built)
+        if alone:
+            block = queries.rows * train.block_rows * 56
         # Rows so far, those of a block beside them, and both together.
-        kept = 3 * self.ranked_bytes(train, queries, groups)
+        kept = 3 * self.ranked_bytes(train, queries, 1 if alone else groups)
         tokens = train.rows * train.length + queries.rows * queries.length
         return PROCESS_BYTES + block + kept + (TEXT_BYTES * tokens if texts else 0)
 
-    def matrices(self, train: SetPlan, queries: SetPlan, tile: int) -> int:
-        """Two pieces of C, one also in float64; a block's scores of all queries under all weightings, and one as it is written.
-
-        ``tile`` is of C's chunks.
-        """
+    def matrices(self, train: SetPlan, queries: SetPlan) -> int:
+        """Two pieces of C, one also in float64; a block's scores of all queries under all weightings, and one as it is written."""
         groups, methods = len(self._groups), weightings(self._spec)
-        piece = verified_queries((queries.rows, groups), train.block_rows, tile) * train.block_rows
+        piece = self._at_a_time(train, queries) * train.block_rows
         return PROCESS_BYTES + piece * (16 * groups + 8 * methods) + 4 * queries.rows * train.block_rows * (methods + 2)
+
+    def _at_a_time(self, train: SetPlan, queries: SetPlan) -> int:
+        """Queries whose C, of one block, is read at once where it is kept."""
+        groups = len(self._groups)
+        tile = query_tile((queries.rows, train.rows, groups), train.block_rows, self._spec.contribute.dtype)
+        return verified_queries((queries.rows, groups), train.block_rows, tile)
+
+    def _pieces(self, train: SetPlan, queries: SetPlan, built: ContributePlan | None) -> int:
+        """Two pieces of C that is read; of C that is built, what a task of contribute takes for it beside its process."""
+        if built is None:
+            return LEARNER_BUFFERS * 4 * self._at_a_time(train, queries) * train.block_rows * len(self._groups)
+        return span_bytes(self._spec, built, self._of_groups, train) + self._read_features(train)
 
     def ranked_bytes(self, train: SetPlan, queries: SetPlan, parts: int) -> int:
         """Rows, scores and parts of every query, under all weightings and on two sides; and of the two baselines."""
         kept = min(max(self._spec.score.k, RANKED_ROWS), train.rows)
         return queries.rows * kept * (weightings(self._spec) * 2 * (4 * parts + 40) + 2 * 40)
+
+    def _read_features(self, train: SetPlan) -> int:
+        """Two bundles of groups of a block, one of them read ahead, and chunks as they are read."""
+        widest = 4 * train.block_rows * max(self._full)
+        read = 2 * min(READ_BYTES + widest, 4 * train.block_rows * sum(self._full))
+        return read + self._chunks([train])
 
     def _precondition(self, queries: Sequence[int], *, spectra: bool) -> int:
         """All groups of one set, before it is written, and the spectrum, if there is one, and rotated queries of one group."""

@@ -291,9 +291,8 @@ def weightings(spec: RunSpec) -> int:
 
 
 def certifies(spec: RunSpec) -> bool:
-    """Whether learn certifies weights, for which A_q must be there; else it streams C once for every epoch."""
-    top_alone = spec.learn.objective not in LOWEST_OBJECTIVES
-    return spec.learn.method == "certified" and top_alone and spec.contribute.second_moments
+    """Whether learn certifies weights; else it streams C once for every epoch."""
+    return spec.learn.method == "certified" and spec.learn.objective not in LOWEST_OBJECTIVES
 
 
 def verified_queries(contributions: tuple[int, int], block_rows: int, tile: int) -> int:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from gradstore.plan.contributions import contribute_stage, matrix_sizes, plan_contribute
+from gradstore.plan.contributions import (
+    ContributePlan,
+    building_plan,
+    contribute_stage,
+    matrix_sizes,
+    plan_contribute,
+)
 from gradstore.plan.kernels import kernel_bytes, kernel_objects, kernel_tasks
 from gradstore.plan.memory import TaskMemory
 from gradstore.plan.resolve import resolve_kernel
@@ -15,9 +21,6 @@ from gradstore.plan.sizes import (
     StagePlan,
     Widths,
     block_tasks,
-    certifies,
-    learner_tile,
-    query_tile,
     row_scale_bytes,
     weightings,
 )
@@ -63,18 +66,17 @@ def stage_plans(
         _kernel(spec, widths, train, memory),
         *([] if influence is None else [influence]),
         contribute_stage(spec, cut, train, task_memory_bytes=memory.contribute(train, cut, spectra=spectra)),
-        *_later_stages(spec, len(widths.full), sets, memory, texts=texts),
+        *_later_stages(spec, cut, sets, memory, texts=texts),
     )
 
 
 def _later_stages(
-    spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory, *, texts: bool
+    spec: RunSpec, cut: ContributePlan, sets: Mapping[str, SetPlan], memory: TaskMemory, *, texts: bool
 ) -> Iterator[StagePlan]:
-    """What follows contribute: weights are learned and rows ranked where C is kept; scores alone are ranked as they are."""
-    if spec.contribute.mode == "tensor":
-        yield _learn(spec, groups, sets, memory)
-    if spec.contribute.mode != "streamed":
-        yield _score(spec, groups, sets, memory, texts=texts)
+    """What follows contribute: weights are learned and rows ranked; scores alone are ranked as they are."""
+    if spec.contribute.mode != "scores":
+        yield _learn(spec, cut, sets, memory)
+    yield _score(spec, cut, sets, memory, texts=texts)
 
 
 def _featurize(spec: RunSpec, widths: Widths, sets: Mapping[str, SetPlan], memory: TaskMemory) -> StagePlan:
@@ -121,30 +123,34 @@ def _kernel(spec: RunSpec, widths: Widths, train: SetPlan, memory: TaskMemory) -
     )
 
 
-def _learn(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory) -> StagePlan:
+def _learn(spec: RunSpec, cut: ContributePlan, sets: Mapping[str, SetPlan], memory: TaskMemory) -> StagePlan:
     """No task: C is read in the process that runs the command, of one damping and one set of queries after another.
 
-    Weights of every epoch, and a row for every step.
+    Weights of every epoch, a row for every step, and where queries are held out one for every candidate.
     """
-    train, learned, kernels = sets["train"], [sets[name] for name, _ in spec.learn_targets()], len(spec.sweep())
-
-    def client_bytes(queries: SetPlan) -> int:
-        shape = queries.rows, train.rows, groups
-        tile = query_tile(shape, train.block_rows, spec.contribute.dtype) if certifies(spec) else learner_tile(shape)
-        return memory.learn(train, queries, tile)
-
-    steps = spec.learn.epochs * sum(queries.rows for queries in learned)
+    learn, train, kernels = spec.learn, sets["train"], len(spec.sweep())
+    learned, groups = [sets[name] for name, _ in spec.learn_targets()], cut.columns
+    epochs, judged = learn.epochs if learn.solver == "algorithm_1" else 0, learn.share_held_out > 0
+    steps = epochs * sum(queries.rows for queries in learned)
+    candidates = len(learned) * learn.num_candidates * (8 * groups + 33) if judged else 0
     return StagePlan(
         name="learn",
         tasks=0,
-        objects=kernels * len(learned) * TABLE_OBJECTS,
-        written_bytes=kernels * (8 * groups * (spec.learn.epochs + 1) * len(learned) + 32 * steps),
+        objects=kernels * len(learned) * (TABLE_OBJECTS + judged),
+        written_bytes=kernels * (8 * groups * (epochs + 1) * len(learned) + 32 * steps + candidates),
         task_memory_bytes=0,
-        client_memory_bytes=max(client_bytes(queries) for queries in learned),
+        client_memory_bytes=max(memory.learn(train, queries, _built(spec, cut, train, queries)) for queries in learned),
     )
 
 
-def _score(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: TaskMemory, *, texts: bool) -> StagePlan:
+def _built(spec: RunSpec, cut: ContributePlan, train: SetPlan, queries: SetPlan) -> ContributePlan | None:
+    """How C is built by what reads it; None where it is kept."""
+    return building_plan(spec, cut, train, queries.name) if spec.contribute.mode == "streamed" else None
+
+
+def _score(
+    spec: RunSpec, cut: ContributePlan, sets: Mapping[str, SetPlan], memory: TaskMemory, *, texts: bool
+) -> StagePlan:
     """Ranks in the process that runs the command, under one damping after another; one tail-patch task per query of each.
 
     Rankings are unweighted and by weights that were learned or named, of every kernel; a random one, and where there are
@@ -154,14 +160,11 @@ def _score(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: Task
     alone = spec.contribute.mode == "scores"
     methods = weightings(spec)
     tasks = min(spec.score.tail_patch.queries, queries.rows)
-    shape = (queries.rows, train.rows, groups)
-    tile = queries.rows if alone else query_tile(shape, train.block_rows, spec.contribute.dtype)
-    columns, parts = (1, 0) if alone else (groups, groups)
-    ranks = memory.rank(train, queries, (tile, columns), texts=texts)
     made, taken, matrices = 0, 0, 0
     if spec.score.matrices and not alone:
         made, taken = matrix_sizes(train, queries.rows)
-        matrices = memory.matrices(train, queries, tile)
+        matrices = memory.matrices(train, queries)
+    parts = 0 if alone else cut.columns
     return StagePlan(
         name="score",
         tasks=kernels * tasks,
@@ -169,5 +172,5 @@ def _score(spec: RunSpec, groups: int, sets: Mapping[str, SetPlan], memory: Task
         objects=(kernels * methods + 1 + texts) * TABLE_OBJECTS + kernels * methods * made + (made > 0),
         written_bytes=kernels * (memory.ranked_bytes(train, queries, parts) + methods * taken),
         task_memory_bytes=memory.patch(train) if tasks else 0,
-        client_memory_bytes=max(ranks, matrices),
+        client_memory_bytes=max(memory.rank(train, queries, _built(spec, cut, train, queries), texts=texts), matrices),
     )

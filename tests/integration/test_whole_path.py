@@ -99,7 +99,7 @@ def test_every_number_of_the_path_is_the_oracles(finished: Path) -> None:
         visit_order(12, settings),
         k=3,
         learning_rate=spec.learn.learning_rate,
-        weight_decay=spec.learn.weight_decay,
+        weight_decay=spec.learn.weight_decays[0],
     )
     weights = WeightsArtifact.open(store.storage, "learned")
     np.testing.assert_allclose(weights.read()["weight"].to_numpy(), w, rtol=1e-6)

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from gradstore.cluster import Engine
 from gradstore.errors import SpecError
 from gradstore.numerics.learner import ENDS
 from gradstore.plan import sizes
 from gradstore.plan.combinations import LOWEST_OBJECTIVES
-from gradstore.spec.sections import LearnSection
-from gradstore.stages.learn import learn
-from gradstore.stages.progress import Progress
+from gradstore.spec.learning import LearnSection
 from gradstore.store.artifacts import WeightsArtifact
-from gradstore.store.features import FeatureStore
 from tests import contributing
 from tests.contributing import make_spec, make_store
-from tests.runs import InThisProcess
-
-LEARN = {"k": 3, "epochs": 4, "learning_rate": 0.3}
-
-
-def weights_of(
-    store: FeatureStore, name: str, tables: dict[str, dict[str, Any]] | None = None, **settings: Any
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Weights that are learned of a store with C, and what the record says of them."""
-    spec = make_spec(store, **{**(tables or {}), "learn": {**LEARN, "name": name, **settings}})
-    learn(spec, cast(Engine, InThisProcess()), Progress())
-    artifact = WeightsArtifact.open(store.storage, name)
-    return artifact.read()["weight"].to_numpy(), dict(artifact.log.require(0, "not written").facts)
+from tests.learning import LEARN, weights_of
 
 
 @pytest.mark.parametrize("invalid", [(), (2, 9)], ids=["all rows", "rows that are not valid"])
@@ -96,6 +80,30 @@ def test_weights_that_cannot_be_certified_are_streamed_and_that_is_said(
     assert f"weights are not certified but streamed, in {LEARN['epochs']} reads of C" in said
     assert message in said
     np.testing.assert_array_equal(found, weights_of(store, "streamed", tables, **settings, method="streamed")[0])
+
+
+def test_without_second_moments_one_read_more_makes_them() -> None:
+    store, tables = make_store(invalid=(2, 9)), {"contribute": {"second_moments": False}}
+    contributing.run(make_spec(store, **tables))
+
+    certified, facts = weights_of(store, "certified", tables)
+
+    np.testing.assert_allclose(certified, weights_of(store, "streamed", tables, method="streamed")[0], rtol=1e-5)
+    assert facts["method"] == "certified"
+    assert facts["reads_in_all"] == facts["reads"] + 1
+
+
+def test_second_moments_and_rows_that_do_not_fit_are_not_made(capsys: pytest.CaptureFixture[str]) -> None:
+    store, tables = make_store(), {"contribute": {"second_moments": False}}
+    contributing.run(make_spec(store, **tables))
+
+    # Twice 18 rows of 5 queries, 24 bytes each, and 5 matrices of 16 numbers take 4,960 bytes.
+    _, facts = weights_of(store, "streamed", tables, memory="4959B")
+    said = capsys.readouterr().err
+    _, other = weights_of(store, "certified", tables, memory="4960B")
+
+    assert "rows to begin with and A_q take 4.96 kB, more than learn.memory" in said
+    assert (facts["method"], other["method"]) == ("streamed", "certified")
 
 
 def test_objectives_that_need_the_lowest_scores_are_those_that_the_plan_knows() -> None:

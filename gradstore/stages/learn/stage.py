@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,14 @@ from gradstore.cluster import Engine
 from gradstore.cluster.tasks import one_thread
 from gradstore.errors import ContractError, DataError, SpecError
 from gradstore.plan.sizes import learner_tile
-from gradstore.spec import RunSpec
+from gradstore.spec import RunSpec, key_of
 from gradstore.stages.building import open_contributions
 from gradstore.stages.contributions import Reads, valid_queries
-from gradstore.stages.learn.choice import choose, hold_out
+from gradstore.stages.learn.choice import Choice, choose, hold_out
 from gradstore.stages.learn.methods import Problem, moments_of, solve
 from gradstore.stages.learn.pairs import find_positives
 from gradstore.stages.learn.reading import LearnedFrom
-from gradstore.stages.learn.settings import candidates_of, full_settings, seed_of, told_of, told_settings
+from gradstore.stages.learn.settings import Candidate, candidates_of, full_settings, seed_of, told_of, told_settings
 from gradstore.stages.learn.tables import candidates_table, trajectory_table, weights_table
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import WeightsArtifact
@@ -58,54 +58,60 @@ def _learn(spec: RunSpec, store: FeatureStore, target: tuple[str, str], progress
     set_name, name = target
     contributions = open_contributions(spec, store, set_name)
     _refuse_large_k(spec, len(contributions.valid_rows()))
-    valid = valid_queries(store, set_name)
-    if not len(valid):
-        raise DataError(
-            f"{store.storage.url}/features/{set_name}: has no valid features of any query, so that nothing can be learned from it. "
-            f"See {'data.learn' if set_name == 'learn' else 'data.aspects'}."
-        )
-    held_out = hold_out(valid, spec.learn.share_held_out, seed_of(spec))
+    held_out = hold_out(_valid_queries(store, set_name), spec.learn.share_held_out, seed_of(spec))
     queries = np.setdiff1d(np.arange(contributions.shape.queries), held_out)
     transform = contributions.settings["transform"]
     tile = learner_tile((len(queries), contributions.shape.rows, len(contributions.shape.groups)))
-    made_from = _made_from(spec, set_name, full_settings(spec, tile=tile, transform=transform))
-    settings = {**made_from, "contributions": dict(contributions.settings)}
-    artifact = WeightsArtifact.create(store.storage, name, settings=settings)
-    if artifact.is_complete():
+    settings = {
+        **_made_from(spec, set_name, full_settings(spec, tile=tile, transform=transform)),
+        "contributions": dict(contributions.settings),
+    }
+    # Weights that were learned otherwise are refused before any are; and none leave a name behind that were not found.
+    existing = WeightsArtifact.find_named(store.storage, name)
+    if existing is not None and WeightsArtifact.create(store.storage, name, settings=settings).is_complete():
         return
     started = time.monotonic()
     reads = Reads(contributions, progress, "learn")
-    problem = _problem(spec, store, target, LearnedFrom(reads, queries), tile)
+    problem = _problem(spec, store, set_name, LearnedFrom(reads, queries), tile)
     found = solve(problem, progress)
     with one_thread():
         weights_VM = np.stack([each.weights for each in found])
         choice = choose(reads, weights_VM, spec.learn.ks, held_out=held_out, transform=transform)
     taken = found[choice.place]
+    of_epochs = sum(each.facts["reads"] for each in found if each.facts["method"] == "streamed")
+    facts = {**taken.facts, "reads_in_all": reads.count + of_epochs, "seconds": time.monotonic() - started}
     arrays = {array.name: array for array in store.open_set("train").info.arrays}
-    facts = {
-        "seconds": time.monotonic() - started,
-        **taken.facts,
-        "reads_in_all": max(reads.count, taken.facts["reads"]),
-    }
-    artifact.write(
-        weights_table([arrays[name] for name in contributions.shape.groups], taken.weights),
+    WeightsArtifact.create(store.storage, name, settings=settings).write(
+        weights_table([arrays[group] for group in contributions.shape.groups], taken.weights),
         trajectory_table(taken.steps, queries),
         None if choice.gains is None else candidates_table(problem.candidates, found, choice),
         facts=facts if choice.gains is None else {**facts, "held_out": held_out.tolist()},
     )
     if choice.gains is not None:
-        chosen = problem.candidates[choice.place]
-        progress.note(
-            f"{name}: of {len(found)} candidates k = {chosen.k}, weight_decay = {chosen.weight_decay:g}, seed = {chosen.seed} was "
-            f"taken, which raises the top scores of {len(held_out)} held-out queries to {choice.gains[choice.place]:.3f} times "
-            "those of uniform weights"
+        _tell_choice(name, problem.candidates, choice, progress)
+
+
+def _valid_queries(store: FeatureStore, set_name: str) -> np.ndarray:
+    """Numbers of the queries of a set that are valid, of which there is one at least."""
+    valid = valid_queries(store, set_name)
+    if not len(valid):
+        raise DataError(
+            f"{store.storage.url}/features/{set_name}: no query has valid features, so that there is nothing to learn from. See "
+            f"{key_of(set_name)}."
         )
+    return valid
 
 
-def _problem(
-    spec: RunSpec, store: FeatureStore, target: tuple[str, str], learned_from: LearnedFrom, tile: int
-) -> Problem:
-    set_name, _ = target
+def _tell_choice(name: str, candidates: Sequence[Candidate], choice: Choice, progress: Progress) -> None:
+    assert choice.gains is not None, "candidates are judged"
+    taken = candidates[choice.place]
+    progress.note(
+        f"{name}: of {len(candidates)} candidates k = {taken.k}, weight_decay = {taken.weight_decay:g}, seed = {taken.seed} was "
+        f"taken, which raises the top scores of held-out queries to {choice.gains[choice.place]:.3f} times those of uniform weights"
+    )
+
+
+def _problem(spec: RunSpec, store: FeatureStore, set_name: str, learned_from: LearnedFrom, tile: int) -> Problem:
     contributions = learned_from.reads.contributions
     positives = find_positives(spec, store, set_name)
     moments = moments_of(store.storage, spec.kernel.name, set_name, contributions)
