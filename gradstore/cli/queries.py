@@ -37,6 +37,7 @@ def query(  # noqa: PLR0913 - typer takes a command's options from its parameter
         Literal["group", "depth", "function"], typer.Option("--by", help="What parts of scores are told of.")
     ] = "group",
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a query to data.eval.length.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Score every row, though the store has a sketch.")] = False,
     model: Annotated[
         str | None, typer.Option("--model", help="Where the model is, if not where it was when the store was made.")
     ] = None,
@@ -59,7 +60,7 @@ def query(  # noqa: PLR0913 - typer takes a command's options from its parameter
             store, kernel=kernel, weights=weighted or None, memory_bytes=0, model=model, device=device
         ) as session:
             session.progress = Progress(quiet=quiet)
-            answers = stage(session, asked, k, truncate=truncate)
+            answers = stage(session, asked, k, truncate=truncate, exact=exact)
     except KeyboardInterrupt:
         raise StoppedError("stopped. The store is as it was.") from None
     if as_json:

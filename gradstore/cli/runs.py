@@ -124,6 +124,14 @@ def self_influence(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) 
 
 
 @app.command()
+def sketch(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+    """Keep a few numbers of every train row, by which `gradstore query` finds the rows worth scoring exactly."""
+    from gradstore.stages.sketch import sketch as stage
+
+    _run_stages(run, scheduler, quiet, stage)
+
+
+@app.command()
 def contribute(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Build the contribution tensor C[q, n, j] of the learn and eval queries."""
     from gradstore.stages.contribute import contribute as stage
@@ -158,8 +166,8 @@ def run_all(run: Run, append: Append = False, scheduler: Scheduler = None, quiet
 
     spec = read_spec(run)
     run_stages(spec, scheduler, quiet, partial(first, append=append), *stages_of(spec)[1:])
-    if spec.contribute.mode != "tensor":
-        typer.echo('no report: its page shows the parts of scores, which come with contribute.mode = "tensor"')
+    if spec.contribute.mode == "scores":
+        typer.echo('no report: its page shows the parts of scores, which contribute.mode = "scores" does not make')
         return
     found, page = page_stage(spec.run.store, None, spec.sweep()[0].kernel.name)
     draw(*render_tables(found))

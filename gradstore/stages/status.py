@@ -43,6 +43,7 @@ def status(store_url: str) -> dict[str, Any]:
                 ("self_influence", "self_influence"),
                 ("moments", "moments"),
                 ("score_matrices", "score_matrix"),
+                ("sketches", "sketch"),
             )
         },
         "contributions": [
@@ -150,6 +151,7 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
         ("contributions", "blocks"),
         ("moments", "spans"),
         ("score_matrices", "blocks"),
+        ("sketches", "parts"),
         ("weights", ""),
         ("scores", ""),
     ):

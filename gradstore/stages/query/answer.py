@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from gradstore.numerics.scores import Ranked
 from gradstore.stages.query.rank import Winners
+from gradstore.stages.query.screened import Screening
 from gradstore.store.features import FeatureSet
 
 By = Literal["group", "depth", "function"]
@@ -70,6 +71,8 @@ class Answer:
         By the name of the weights; ``unweighted`` is that of equal weights.
     groups
         The groups, in the order of all parts.
+    screening
+        How candidates were found by a sketch; None where every row was scored.
     """
 
     query: str
@@ -78,6 +81,7 @@ class Answer:
     kernel: str
     rankings: Mapping[str, Ranking]
     groups: tuple[Group, ...]
+    screening: Screening | None = None
 
     def layers(self, winner: Winner, by: By = "group", count: int = LAYERS) -> list[tuple[str | int | None, float]]:
         """Return the groups, depths or functions of the largest parts in absolute value, and these parts.
@@ -118,6 +122,7 @@ class Answer:
             "label": self.label,
             "text": self.text,
             "kernel": self.kernel,
+            "sketch": None if self.screening is None else self.screening.to_json(),
             "rankings": {
                 name: {"proponents": of(ranking.proponents), "opponents": of(ranking.opponents)}
                 for name, ranking in self.rankings.items()

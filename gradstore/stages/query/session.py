@@ -19,8 +19,10 @@ from gradstore.stages.progress import Progress
 from gradstore.stages.query.answer import Answer, Group, rankings_of
 from gradstore.stages.query.asked import Place, copy_row, featurize_examples, precondition, refuse_other_model
 from gradstore.stages.query.kernels import choose_kernel, query_spec, weights_for
-from gradstore.stages.query.rank import Ranker, rank
+from gradstore.stages.query.rank import Ranker, Winners, rank
+from gradstore.stages.query.screened import Screening, rank_candidates
 from gradstore.stages.reading import full_width
+from gradstore.stages.sketches import Sketch
 from gradstore.stages.weights import UNWEIGHTED, read_weights
 from gradstore.store.artifacts import SelfInfluenceArtifact
 from gradstore.store.backend import open_storage
@@ -83,6 +85,7 @@ class Session:
         self._below, self._url = below.url, overlay_url(uuid4().hex, below.url)
         self._kept = KeptBlocks(memory_bytes)
         self.progress = Progress(quiet=True)
+        self._sketch: Sketch | None = None
         with self._told():
             self._store = FeatureStore.open(self._url)
             chosen = choose_kernel(self._store, kernel)
@@ -115,6 +118,7 @@ class Session:
         index: str | None = None,
         k: int = 10,
         truncate: bool = False,
+        exact: bool = False,
     ) -> Answer:
         """Answer one query: a text, a record of another form, or a row that is stored.
 
@@ -130,6 +134,8 @@ class Session:
             How many examples of the highest, and of the lowest scores.
         truncate
             Whether a query that is longer than data.eval.length is cut to it.
+        exact
+            Whether every row is scored, though the store has a sketch of the kernel.
 
         Raises
         ------
@@ -147,10 +153,12 @@ class Session:
             self._refuse_k(k)
             with self._told():
                 name, example = copy_row(self._store, Place.parse(index))
-                return self._answers(name, [example], [index], k)[0]
-        return self.query_all([record if text is None else {"text": text}], k=k, truncate=truncate)[0]  # type: ignore[list-item]
+                return self._answers(name, [example], [index], k, exact=exact)[0]
+        return self.query_all([record if text is None else {"text": text}], k=k, truncate=truncate, exact=exact)[0]  # type: ignore[list-item]
 
-    def query_all(self, records: Sequence[Mapping[str, Any]], *, k: int = 10, truncate: bool = False) -> list[Answer]:
+    def query_all(
+        self, records: Sequence[Mapping[str, Any]], *, k: int = 10, truncate: bool = False, exact: bool = False
+    ) -> list[Answer]:
         """Answer many queries in one reading of the features, or as few as their memory asks for; see `query`.
 
         A record is ``{"text": ...}`` or one of the other forms.
@@ -163,10 +171,12 @@ class Session:
             for first in range(0, len(examples), at_once):
                 batch = examples[first : first + at_once]
                 name = featurize_examples(self._store, self._spec, batch)
-                found += self._answers(name, batch, [example.example_id for example in batch], k)
+                found += self._answers(name, batch, [example.example_id for example in batch], k, exact=exact)
             return found
 
-    def _answers(self, name: str, examples: Sequence[Example], called: Sequence[str], k: int) -> list[Answer]:
+    def _answers(
+        self, name: str, examples: Sequence[Example], called: Sequence[str], k: int, *, exact: bool
+    ) -> list[Answer]:
         """Answers to the queries of a set that was made in memory, which goes then."""
         from threadpoolctl import threadpool_limits
 
@@ -176,7 +186,7 @@ class Session:
             with threadpool_limits(1):
                 precondition(self._store, self._spec, name)
                 slab = Slab(target=Target(kernel=kernel, set_name=name), first=0, last=len(examples))
-                found = rank(self._ranker, slab, k)
+                found, screening = self._rank(slab, k, exact=exact)
         finally:
             for folder in (f"features/{name}", f"queries/{kernel}/{name}", "partials"):
                 self._overlay.drop(folder)
@@ -192,9 +202,23 @@ class Session:
                 kernel=kernel,
                 rankings=rankings,
                 groups=groups,
+                screening=screening,
             )
             for query, example, rankings in zip(called, examples, rankings_of(train, found), strict=True)
         ]
+
+    def _rank(self, slab: Slab, k: int, *, exact: bool) -> tuple[dict[str, Winners], Screening | None]:
+        """Winners of some queries: through the sketch if the store has one, else by all rows."""
+        sketch = None if exact else Sketch.find(self._store, self._spec)
+        if sketch is not None:
+            # What it holds stays in memory while it is the same.
+            if self._sketch is None or not self._sketch.is_same(sketch):
+                self._sketch = sketch
+            screened = rank_candidates(self._ranker, self._sketch, slab, k)
+            if screened is not None:
+                return screened
+            self.progress.note(f"{sketch.artifact.folder}: too few of its candidates are sure; every row is scored")
+        return rank(self._ranker, slab, k), None
 
     @cached_property
     def _read(self) -> QueryReader:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.errors import DataError, SpecError
 from gradstore.stages.query.answer import Answer, By, Ranking, Winner
+from gradstore.stages.query.screened import Screening
 from gradstore.stages.query.session import Session
 from gradstore.stages.report.formatting import Scale, one_line, ranking_title
 
@@ -89,11 +90,11 @@ def _read(file: Path) -> list[Mapping[str, Any]]:
     return records
 
 
-def query(session: Session, asked: Asked, k: int, *, truncate: bool) -> list[Answer]:
+def query(session: Session, asked: Asked, k: int, *, truncate: bool, exact: bool = False) -> list[Answer]:
     """Answer what is asked: every record of a file that holds several; see `Session.query`."""
     if asked.index is not None:
-        return [session.query(index=asked.index, k=k)]
-    return session.query_all(asked.records(), k=k, truncate=truncate)
+        return [session.query(index=asked.index, k=k, exact=exact)]
+    return session.query_all(asked.records(), k=k, truncate=truncate, exact=exact)
 
 
 def render_answers(answers: Sequence[Answer], by: By) -> list[RenderableType]:
@@ -104,8 +105,19 @@ def render_answers(answers: Sequence[Answer], by: By) -> list[RenderableType]:
     for answer in answers:
         label = "" if answer.label is None else f" [{one_line(answer.label, _NAME_LENGTH)}]"
         drawn.append(Text(f"{answer.query}{label}: {one_line(answer.text, _TEXT_LENGTH)}", style="bold"))
+        if answer.screening is not None:
+            drawn.append(Text(_found_by(answer.screening), style="dim"))
         drawn += [_table(answer, name, ranking, by) for name, ranking in answer.rankings.items()]
     return drawn
+
+
+def _found_by(screening: Screening) -> str:
+    """Tell how sure the candidates are."""
+    told = [
+        f"{name} " + ("not measured" if found.recall is None else f"recall@{found.k} {found.recall:.2f}")
+        for name, found in screening.candidates.items()
+    ]
+    return f"found through the sketch: {', '.join(told)} on {screening.queries} learn queries; --exact scores every row"
 
 
 def _table(answer: Answer, name: str, ranking: Ranking, by: By) -> Table:

@@ -11,6 +11,7 @@ from gradstore.store.artifacts.queries import QueryArtifact, QueryShape
 from gradstore.store.artifacts.rounding import ContributionDtype, QueryRounding
 from gradstore.store.artifacts.score_matrix import ScoreMatrixArtifact, ScoreShape
 from gradstore.store.artifacts.self_influence import SelfInfluenceArtifact, SelfInfluenceShape
+from gradstore.store.artifacts.sketch import SketchArtifact, SketchRows, SketchShape
 from gradstore.store.artifacts.staleness import stale_blocks
 from gradstore.store.artifacts.tables import ScoresArtifact, WeightsArtifact
 
@@ -35,6 +36,9 @@ __all__ = [
     "ScoresArtifact",
     "SelfInfluenceArtifact",
     "SelfInfluenceShape",
+    "SketchArtifact",
+    "SketchRows",
+    "SketchShape",
     "SpanMoments",
     "SpectraShape",
     "WeightsArtifact",

@@ -43,6 +43,7 @@ FOLDERS: Final = {
     "contributions": ("contributions", 2),
     "moments": ("moments", 2),
     "score_matrix": ("score-matrices", 2),
+    "sketch": ("sketches", 1),
     "weights": ("weights", 1),
     "scores": ("scores", 1),
 }
@@ -56,6 +57,7 @@ VERBS: Final = {
     "contributions": "contribute",
     "moments": "contribute",
     "score_matrix": "contribute",
+    "sketch": "sketch",
     "weights": "learn",
     "scores": "score",
 }
@@ -70,6 +72,7 @@ _WAYS_OUT: Final = {
     "contributions": "choose another kernel.name (and learn.name), ",
     "moments": "choose another kernel.name (and learn.name), ",
     "score_matrix": "choose another kernel.name (and learn.name), ",
+    "sketch": "",
     "weights": "choose another learn.name, ",
     "scores": "",
 }

@@ -21,8 +21,8 @@ TEMPORARY: Final = ".gradstore-"
 # The kernel takes no more parts at once.
 _PARTS_AT_ONCE: Final = 1024
 
-# What a disk reads in the time that a call takes, and the pages around a range that it reads with it.
-_REQUEST_BYTES: Final = 16 * 2**10
+# What is read in the time that a call takes: about a page.
+_REQUEST_BYTES: Final = 4096
 
 _REMEDIES: Final = {
     errno.EACCES: "Give this user access to the directory, or choose another run.store.",

@@ -133,6 +133,37 @@ class FeatureChunks:
 
         in_parallel(read_group, into, threads=self._storage.concurrency)
 
+    def read_rows(self, record: Record, rows: Sequence[int], into: Features) -> None:
+        """Read some rows of groups of a committed block into contiguous float32 arrays [rows, k_j].
+
+        Where it takes less, these rows alone are read of a chunk, and its checksum, which is of the whole, says nothing of
+        them: the caller must know one of every row.
+
+        It raises what `read` does.
+        """
+        scales = None if self._scales_layout is None else self._kept_scales(record.unit, record.generation)[rows]
+
+        def read_group(name: str) -> None:
+            path, layout = self._path(name, record.unit), self._layout(name)
+            if self._takes_less(layout, len(rows)):
+                stored = np.empty((len(rows), *layout.chunk_shape[1:]), layout.stored_dtype)
+                a_row = stored[0].nbytes
+                ranges = [(a_row * row, memoryview(stored[place]).cast("B")) for place, row in enumerate(rows)]
+                place = self._place(path)
+                self._log.read(record, place, lambda: self._storage.read_ranges(place, ranges))
+                self._decode(name, stored, scales, into[name])
+                return
+            with self._buffers.borrow(layout.buffer_bytes) as buffer:
+                self._decode(name, self._read_into(record, path, layout, buffer)[rows], scales, into[name])
+
+        in_parallel(read_group, into, threads=self._storage.concurrency)
+
+    def _takes_less(self, layout: ArrayLayout, rows: int) -> bool:
+        """Whether reading rows by ranges takes less than reading the chunk; compressed ones have no ranges."""
+        a_row = layout.raw_bytes // layout.chunk_shape[0]
+        asked = self._storage.request_bytes
+        return layout.compression == "none" and rows * (a_row + asked) < layout.raw_bytes + asked
+
     @property
     def are_as_they_read(self) -> bool:
         """Whether the bytes of a chunk are the float32 numbers that it reads as, before its checksum."""

@@ -220,6 +220,13 @@ class FeatureSet:
         self._chunks.read(record, into)
         return into
 
+    def read_rows(self, block: int, rows: Sequence[int], out: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Read some rows of a committed block, counted from its first: float32 [rows, k_j] of every group of ``out``.
+
+        What is read of a chunk in ranges no checksum vouches for: the caller must have one of every row.
+        """
+        self._chunks.read_rows(self._record(block), rows, out)
+
     @property
     def reads_in_place(self) -> bool:
         """Whether `read_in_place` can be asked for: chunks hold the float32 numbers that they read as."""

@@ -17,6 +17,7 @@ from gradstore.store.artifacts import (
     ScoreMatrixArtifact,
     ScoresArtifact,
     SelfInfluenceArtifact,
+    SketchArtifact,
     WeightsArtifact,
 )
 from gradstore.store.artifacts.artifact import Artifact
@@ -37,6 +38,7 @@ ARTIFACTS: Final[Mapping[str, type[Artifact]]] = {
         ContributionArtifact,
         MomentsArtifact,
         ScoreMatrixArtifact,
+        SketchArtifact,
         WeightsArtifact,
         ScoresArtifact,
     )

@@ -1,0 +1,271 @@
+"""Sketches as stages find them: candidates for queries, and C of single rows, each verified by the checksum of the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Self
+
+import numpy as np
+
+from gradstore.errors import IntegrityError, SupersededError
+from gradstore.plan.contribute import GROUPS_AT_ONCE
+from gradstore.spec import RunSpec
+from gradstore.stages.contribute.products import make_products
+from gradstore.stages.contribute.queries import Slab, all_rows
+from gradstore.stages.contribute.rows import query_factor, row_factor
+from gradstore.stages.reading import full_rows
+from gradstore.stages.spectra import kernel_settings, require_current
+from gradstore.store.artifacts import SketchArtifact, SketchRows
+from gradstore.store.artifacts.sketch import widened
+from gradstore.store.checksums import extend_checksums
+from gradstore.store.codecs import plain
+from gradstore.store.features import FeatureSet, FeatureStore
+
+# Bytes of features of single rows that are in memory at once.
+_ROW_BYTES: Final = 2**28
+
+
+def sketch_settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
+    """What a sketch is made from: the kernel with its damping, what rows count by, and the train set as it is now."""
+    made_from = None if spec.kernel.members == "mean" else store.open_set("train").info.members
+    return {**_asked(spec), "train": store.describe("train", made_from)}
+
+
+def open_for(store: FeatureStore, spec: RunSpec) -> SketchArtifact:
+    """Open the sketch that a task is to write to.
+
+    Raises
+    ------
+    SupersededError
+        If it was made anew with other settings: a task of an earlier run may wait on a scheduler still.
+    """
+    artifact = SketchArtifact.open(store.storage, spec.kernel.name)
+    if not _is_of(artifact, spec):
+        raise SupersededError(
+            f"{artifact.folder}: is of another kernel than this task's. Run `gradstore sketch` again."
+        )
+    return artifact
+
+
+def _asked(spec: RunSpec) -> dict[str, Any]:
+    return {
+        "kernel": kernel_settings(spec),
+        "kernel_of": spec.kernel.members,
+        "etas": spec.model.etas,
+        "normalize": spec.contribute.normalize,
+    }
+
+
+def _is_of(artifact: SketchArtifact, spec: RunSpec) -> bool:
+    return all(artifact.settings[key] == value for key, value in plain(_asked(spec)).items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """How many rows of the best estimates are scored exactly.
+
+    Attributes
+    ----------
+    largest, smallest
+        Rows of the largest estimates, and of the smallest.
+    k
+        Best rows that recall was measured of: no fewer than were asked for.
+    recall
+        Mean share of these that so many candidates hold, on the side where it is less; None where it was not measured.
+    """
+
+    largest: int
+    smallest: int
+    k: int
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A sketch in memory.
+
+    Attributes
+    ----------
+    store, spec
+        The store that queries are in, and the run whose kernel it is of.
+    artifact
+        Where it is.
+    """
+
+    store: FeatureStore
+    spec: RunSpec
+    artifact: SketchArtifact
+
+    @classmethod
+    def find(cls, store: FeatureStore, spec: RunSpec) -> Self | None:
+        """Open the sketch of a run's kernel; None if there is none that is whole and of these settings.
+
+        Raises
+        ------
+        ContractError
+            If it is stale: the train set has changed since.
+        """
+        artifact = SketchArtifact.find_named(store.storage, spec.kernel.name)
+        if artifact is None or not _is_of(artifact, spec) or not artifact.is_complete():
+            return None
+        require_current(artifact, store)
+        return cls(store=store, spec=spec, artifact=artifact)
+
+    def is_same(self, other: Sketch) -> bool:
+        """Whether another is this one, not made anew since."""
+        return self._attempt == other._attempt
+
+    @cached_property
+    def _attempt(self) -> str:
+        last = self.artifact.recall_unit
+        return self.artifact.log.require(last, f"{self.artifact.folder}: is not whole.").attempt
+
+    @cached_property
+    def rows(self) -> SketchRows:
+        """What is kept of every row."""
+        return self.artifact.read_rows()
+
+    @cached_property
+    def recall(self) -> Mapping[str, Any]:
+        """What recall was measured."""
+        return self.artifact.read_recall()
+
+    @cached_property
+    def _basis(self) -> Mapping[str, Mapping[str, np.ndarray]]:
+        return self.artifact.read_basis()
+
+    def estimates(self, set_name: str, weights_VM: np.ndarray) -> np.ndarray:
+        """Estimates of the scores of all rows, float32 [V, Q, N], of the queries of a set under some weightings.
+
+        NaN where a row is not valid.
+        """
+        from gradstore.numerics.kernel import zero_invalid
+        from gradstore.numerics.sketch import estimated_scores
+
+        total_VQR: np.ndarray | None = None
+        for member, of_member in self._basis.items():
+            queries = self.store.open_set(set_name, member)
+            for place, array in enumerate(queries.info.arrays):
+                psi = all_rows(queries, array)
+                zero_invalid(psi)
+                part_QR = full_rows(array, psi) @ widened(of_member[array.name])
+                if total_VQR is None:
+                    total_VQR = np.zeros((len(weights_VM), *part_QR.shape), np.float32)
+                total_VQR += weights_VM[:, place, None, None].astype(np.float32) * part_QR
+        assert total_VQR is not None, "a sketch has a member, and that a group"
+        factor_Q = query_factor(self.store, self.spec, set_name)
+        if factor_Q is not None:
+            total_VQR *= factor_Q[:, None]
+        flat = estimated_scores(self.rows.levels, self.rows.scales, total_VQR.reshape(-1, total_VQR.shape[2]))
+        return flat.reshape(*total_VQR.shape[:2], -1)
+
+    def candidates_for(self, k: int, names: Sequence[str]) -> dict[str, Candidates] | None:
+        """How many candidates hold the best k rows as surely as was asked for, by weighting; None if no number does.
+
+        Of weights that were learned since recall was measured they are as many as of those that take most.
+        """
+        measured = min((int(rows) for rows in self.recall["rows"] if rows >= k), default=None)
+        if measured is None:
+            return None
+        found: dict[str, Candidates] = {}
+        for name, sides in self.recall["recall"].items():
+            places = [self._enough(k, of_side[str(measured)]) for of_side in sides.values()]
+            if None in places:
+                return None
+            largest, smallest = (
+                (self.recall["candidates"][place], of_side[str(measured)][place])
+                for place, of_side in zip(places, sides.values(), strict=True)
+            )
+            found[name] = Candidates(
+                largest=largest[0], smallest=smallest[0], k=measured, recall=min(largest[1], smallest[1])
+            )
+        most = Candidates(
+            largest=max(each.largest for each in found.values()),
+            smallest=max(each.smallest for each in found.values()),
+            k=measured,
+            recall=None,
+        )
+        return {name: found.get(name, most) for name in names}
+
+    def _enough(self, k: int, recalls: Sequence[float]) -> int | None:
+        """Place, among the numbers of candidates that were tried, of the one to take; None if there is none."""
+        recorded = self.artifact.info.recorded
+        tried = [(place, count) for place, count in enumerate(self.recall["candidates"]) if count >= k]
+        if recorded["candidates"] != "auto":
+            return next((place for place, count in tried if count >= recorded["candidates"]), None)
+        return next((place for place, _ in tried if recalls[place] >= recorded["recall"]), None)
+
+    def contributions(self, slab: Slab, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (some of the rows, C [Q, n, M] of them), exactly: of the rows, in ascending order, read one by one.
+
+        Raises
+        ------
+        IntegrityError
+            If the features of a row are not those that were sketched.
+        """
+        info = self.store.open_set("train").info
+        a_row = 4 * sum(array.features for array in info.arrays)
+        step = max(1, _ROW_BYTES // a_row)
+        products = {
+            member: make_products(self.store, self.spec, member, [[slab]])[0] for member in self.artifact.shape.members
+        }
+        groups = [array.name for array in info.arrays]
+        for first in range(0, len(rows), step):
+            some = rows[first : first + step]
+            c_QNM = np.zeros((slab.queries, len(some), len(groups)), np.float32)
+            for member, product in products.items():
+                train = self.store.open_set("train", member)
+                features, factor_N = self._read(train, some)
+                for start in range(0, len(groups), GROUPS_AT_ONCE):
+                    batch = groups[start : start + GROUPS_AT_ONCE]
+                    out_NGQ = np.empty((len(some), len(batch), slab.queries), np.float32)
+                    product.write({group: features[group] for group in batch}, out_NGQ)
+                    out_NGQ *= factor_N[:, None, None]
+                    c_QNM[:, :, start : start + len(batch)] += out_NGQ.transpose(2, 0, 1)
+            yield some, c_QNM
+
+    def _read(self, train: FeatureSet, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Verified features of some rows of a member, by group, and what they count."""
+        info = train.info
+        features = {array.name: np.empty((len(rows), array.features), np.float32) for array in info.arrays}
+        factor_N = np.empty(len(rows), np.float32)
+        blocks = rows // info.block_rows
+        for block in np.unique(blocks).tolist():
+            places = slice(*np.searchsorted(blocks, (block, block + 1)).tolist())
+            within = rows[places] % info.block_rows
+            out = {group: values[places] for group, values in features.items()}
+            train.read_rows(block, within.tolist(), out)
+            if not self._are_sketched(train.member, rows[places], out):
+                # Perhaps damaged on their way, or a chunk is: the checksum of the whole tells.
+                for group, values in out.items():
+                    values[:] = train.read_block(block, [group])[group][within]
+                if not self._are_sketched(train.member, rows[places], out):
+                    url = self.store.storage.url
+                    raise IntegrityError(
+                        f"{url}/{self.artifact.folder}: features of block {block} are not those that were sketched. Run "
+                        f"`gradstore prune {url} {self.artifact.folder}`, then `gradstore sketch`: it makes it anew."
+                    )
+            factor_N[places] = row_factor(self.store, self.spec, train, block)[within]
+        return features, factor_N
+
+    def _are_sketched(self, member: str, rows: np.ndarray, features: Mapping[str, np.ndarray]) -> bool:
+        found = np.zeros(len(rows), np.uint32)
+        extend_checksums(found, [*features.values()])
+        expected = self.rows.checksums[rows, self.artifact.shape.members.index(member)]
+        return bool((found == expected).all())
+
+
+def best_rows(
+    sketch: Sketch, set_name: str, weightings: Mapping[str, np.ndarray], counts: Mapping[str, Candidates]
+) -> np.ndarray:
+    """Rows, ascending, that are among the candidates of some query of a set under some weighting."""
+    from gradstore.numerics.sketch import candidates
+
+    estimates = sketch.estimates(set_name, np.stack([*weightings.values()]))
+    found = [
+        candidates(of_weights, counts[name].largest, counts[name].smallest)
+        for name, of_weights in zip(weightings, estimates, strict=True)
+    ]
+    return np.unique(np.concatenate(found))
