@@ -23,7 +23,7 @@ OnItself = Annotated[
 
 
 @app.command()
-def weights(
+def weights(  # noqa: PLR0913 - typer takes a command's options from its parameters
     store: Store,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Which weights; all by default.")
@@ -37,10 +37,13 @@ def weights(
         Path | None, typer.Option("--output", "-o", help="A file to write: .parquet or .json, .svg or .html.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    candidates: Annotated[
+        bool, typer.Option("--candidates", help="Show also what they were chosen from, by queries that were held out.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show or draw learned weights by group, or summed along the depth or by function, and how alike several are."""
-    from gradstore.stages.show_weights import render_weights, show_weights, write_weights
+    from gradstore.stages.show_weights import render_candidates, render_weights, show_weights, write_weights
 
     if output is None:
         found = show_weights(store, names or [], by)
@@ -49,7 +52,7 @@ def weights(
     if as_json:
         typer.echo(json.dumps(found))
     elif output is None:
-        draw(*render_weights(found))
+        draw(*render_weights(found), *(render_candidates(found) if candidates else []))
     else:
         typer.echo(f"{output}: weights {', '.join(item['name'] for item in found['weights'])}")
 

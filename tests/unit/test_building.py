@@ -16,6 +16,7 @@ from gradstore.spec.learning import LearnSection
 from gradstore.spec.sections import ContributeSection
 from gradstore.stages.building import BuiltContributions, open_contributions
 from gradstore.stages.contributions import Contributions, StoredContributions
+from gradstore.stages.influence import Asked, find_influence
 from gradstore.stages.progress import Progress
 from gradstore.stages.report import report
 from gradstore.stages.run import stages_of
@@ -206,6 +207,10 @@ def test_a_run_without_c_goes_the_whole_path_to_the_report(tmp_path: Path) -> No
     assert len(ours.queries) > 0
     for of_bare, of_kept in zip(ours.queries, theirs.queries, strict=True):
         assert {*of_bare.rankings} == {*of_kept.rankings}
+    for weights in (None, "learned"):
+        summed, of_c = (find_influence(spec.run.store, Asked(weights=weights)) for spec in (bare, kept))
+        np.testing.assert_array_equal(summed.rows, of_c.rows)
+        np.testing.assert_allclose(summed.totals, of_c.totals, rtol=1e-4, atol=1e-5 * np.abs(of_c.totals).max())
 
 
 def changes(mode: str) -> dict[str, Any]:

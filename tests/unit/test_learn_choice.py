@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gradstore.cli.application import draw
 from gradstore.errors import ContractError, DataError, SpecError
 from gradstore.numerics.learner import LearnerSettings, initial_raw_weights, visit_order
 from gradstore.stages.learn.choice import hold_out
+from gradstore.stages.show_weights import render_candidates, show_weights, write_weights
 from gradstore.stages.transfer import transfer
 from gradstore.store.artifacts import WeightsArtifact
 from tests import contributing, oracle
@@ -172,3 +176,23 @@ def test_settings_that_are_left_out_are_no_other_settings() -> None:
     given: dict[str, Any] = {"solver": "algorithm_1", "start": "random", "restarts": 1, "held_out": 0.0, "noise": 0.0}
     learned(store, "plain", **given)
     assert LEARN["k"] == 3
+
+
+def test_candidates_are_shown_with_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = make_store()
+    contributing.run(make_spec(store))
+    learned(store, "chosen", k=[2, 5], held_out=0.2)
+    learned(store, "plain")
+
+    found = show_weights(store.storage.url, [], "group")
+
+    by_name = {item["name"]: item["candidates"] for item in found["weights"]}
+    assert by_name["plain"] == []
+    assert [row["k"] for row in by_name["chosen"]] == [2, 5]
+    assert sum(row["chosen"] for row in by_name["chosen"]) == 1
+    draw(*render_candidates(found))
+    told = capsys.readouterr().out
+    assert "weights chosen were chosen from" in told
+    assert all(f"{row['gain']:.4f}" in told for row in by_name["chosen"])
+    write_weights(store.storage.url, [], "group", tmp_path / "weights.json")
+    assert json.loads((tmp_path / "weights.json").read_text(encoding="utf-8")) == found

@@ -9,14 +9,18 @@ from typing import Final
 import numpy as np
 
 from gradstore.errors import NotReadyError, SpecError
-from gradstore.stages.contributions import Reads, ScoreMatrix, StoredContributions, valid_queries
+from gradstore.stages.building import BuiltContributions
+from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix, StoredContributions, valid_queries
 from gradstore.stages.progress import Progress
+from gradstore.stages.query.kernels import choose_kernel, query_spec
 from gradstore.stages.spectra import require_current
 from gradstore.stages.weights import ranking_name, read_weights
 from gradstore.store.artifacts import ContributionArtifact, SelfInfluenceArtifact, list_artifacts
 from gradstore.store.features import FeatureStore
 
 _QUERIES: Final = "eval"
+# What tells that there are scores under a kernel, or what they are built from; names of matrices end in those of weights.
+_MADE_OF_QUERIES: Final = ("contributions", "score_matrix", "queries")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +136,8 @@ def _chosen(store: FeatureStore, asked: Asked) -> str:
         first, _, second = artifact.name.partition("/")
         if asked.on_itself and artifact.kind == "self_influence":
             known.add(first)
-        elif not asked.on_itself and second == _QUERIES and artifact.kind in ("contributions", "score_matrix"):
-            known.add(first if artifact.kind == "contributions" else first.partition(".")[0])
+        elif not asked.on_itself and second.partition("/")[0] == _QUERIES and artifact.kind in _MADE_OF_QUERIES:
+            known.add(first.partition(".")[0])
     what = "self-influence" if asked.on_itself else "contributions or scores"
     if not known:
         command = "self-influence" if asked.on_itself else "contribute"
@@ -167,17 +171,27 @@ def _counted(store: FeatureStore, query: str | None) -> np.ndarray:
 def _open(
     store: FeatureStore, kernel: str, weights: str | None
 ) -> tuple[np.ndarray, Iterator[tuple[int, np.ndarray, np.ndarray]]]:
-    """Numbers of the valid rows; and (first query, rows [n], scores [q, n]), float64, of C or of scores in its place."""
+    """Numbers of the valid rows; and (first query, rows [n], scores [q, n]), float64, of C or of scores in its place.
+
+    Where neither is kept, C is built from features, which is a pass over them.
+    """
     from gradstore.numerics.scores import transformed
 
-    if ContributionArtifact.find_named(store.storage, kernel, _QUERIES) is None:
+    kept = ContributionArtifact.find_named(store.storage, kernel, _QUERIES)
+    matrices = [item.name for item in list_artifacts(store.storage) if item.kind == "score_matrix"]
+    if kept is None and any(name.partition(".")[0] == kernel for name in matrices):
         matrix = ScoreMatrix.open(store, ranking_name(kernel, weights), _QUERIES)
         transform = matrix.artifact.settings["transform"]
         return matrix.valid_rows(), (
             (0, rows_N, transformed(s_QN.astype(np.float64), transform)) for rows_N, s_QN in matrix.read_blocks()
         )
-    contributions = StoredContributions.open(store, kernel, _QUERIES)
-    transform, weights_M = contributions.artifact.settings["transform"], read_weights(store, weights)
+    contributions: Contributions
+    if kept is None:
+        spec = query_spec(store, choose_kernel(store, kernel), model=None, device="cpu")
+        contributions = BuiltContributions.open(spec, store, _QUERIES)
+    else:
+        contributions = StoredContributions.open(store, kernel, _QUERIES)
+    transform, weights_M = contributions.settings["transform"], read_weights(store, weights)
     reads = Reads(contributions, Progress(quiet=True), "influence")
     return contributions.valid_rows(), (
         (first, rows_N, transformed(c_QNM @ weights_M, transform)) for first, rows_N, c_QNM in reads.read()

@@ -6,6 +6,6 @@ terminal   tables
 """
 
 from gradstore.stages.show_weights.stage import show_weights, write_weights
-from gradstore.stages.show_weights.terminal import render_weights
+from gradstore.stages.show_weights.terminal import render_candidates, render_weights
 
-__all__ = ["render_weights", "show_weights", "write_weights"]
+__all__ = ["render_candidates", "render_weights", "show_weights", "write_weights"]

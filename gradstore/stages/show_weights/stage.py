@@ -14,7 +14,7 @@ from gradstore.stages.output import replacing, require_place
 from gradstore.stages.report.data import Group, WeightVector
 from gradstore.stages.show_weights.picture import Drawing, draw_page, draw_picture
 from gradstore.stages.weights import open_weights, read_weights
-from gradstore.store.artifacts import list_artifacts
+from gradstore.store.artifacts import WeightsArtifact, list_artifacts
 from gradstore.store.features import FeatureArray, FeatureStore
 
 By = Literal["group", "depth", "function"]
@@ -23,7 +23,8 @@ By = Literal["group", "depth", "function"]
 def show_weights(store_url: str, names: Sequence[str], by: By) -> dict[str, Any]:
     r"""Plain values: weights by group, or summed over the groups of a depth or a function; and their similarity.
 
-    ``ratio`` is the sum of weights to that of as many groups without weights, 1 / M each. ``similarity`` are the cosines between
+    ``candidates`` are the settings that weights were chosen from by held-out queries, with ``gain``, by what factor each raises
+    their top scores beside uniform weights. ``ratio`` is the sum of weights to that of as many groups without weights, 1 / M each. ``similarity`` are the cosines between
     the vectors, in their order (arXiv 2506.05647, figure 6):
 
     .. math:: \cos(w, w') = \frac{\langle w, w' \rangle}{\lVert w \rVert \lVert w' \rVert}
@@ -108,7 +109,14 @@ def _made(store: FeatureStore, name: str) -> dict[str, Any]:
         "learner": settings["learner"],
         "transferred_from": settings.get("transferred_from"),
         "facts": dict(facts),
+        "candidates": _candidates(artifact),
     }
+
+
+def _candidates(artifact: WeightsArtifact) -> list[dict[str, Any]]:
+    """Settings of the candidates that these weights were chosen from, and how held-out queries judged each."""
+    table = artifact.read_candidates()
+    return [] if table is None else table.drop_columns(["weights"]).to_pylist()
 
 
 def _rows(arrays: Sequence[FeatureArray], weights_M: np.ndarray, by: By) -> list[dict[str, Any]]:

@@ -12,6 +12,23 @@ if TYPE_CHECKING:
 _BAR: Final = 30
 
 
+def render_candidates(found: Mapping[str, Any]) -> list[Table]:
+    """Draw, of all weights that were chosen from several, the candidates."""
+    from rich.table import Table
+    from rich.text import Text
+
+    tables = []
+    for item in found["weights"]:
+        if item["candidates"]:
+            title = Text(f"weights {item['name']} were chosen from")
+            table = Table("k", "weight_decay", "seed", "gain", "", title=title, title_justify="left")
+            for row in item["candidates"]:
+                cells = (str(row["k"]), f"{row['weight_decay']:g}", str(row["seed"]), f"{row['gain']:.4f}")
+                table.add_row(*cells, "chosen" if row["chosen"] else "")
+            tables.append(table)
+    return tables
+
+
 def render_weights(found: Mapping[str, Any]) -> list[Table]:
     """Draw weights for a terminal, a table for each, and one of similarities where there are several."""
     from rich.table import Table
