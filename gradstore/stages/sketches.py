@@ -258,12 +258,12 @@ class Sketch:
 
 
 def best_rows(
-    sketch: Sketch, set_name: str, weightings: Mapping[str, np.ndarray], counts: Mapping[str, Candidates]
+    sketch: Sketch, slab: Slab, weightings: Mapping[str, np.ndarray], counts: Mapping[str, Candidates]
 ) -> np.ndarray:
-    """Rows, ascending, that are among the candidates of some query of a set under some weighting."""
+    """Rows, ascending, that are among the candidates of some query of a slab under some weighting."""
     from gradstore.numerics.sketch import candidates
 
-    estimates = sketch.estimates(set_name, np.stack([*weightings.values()]))
+    estimates = sketch.estimates(slab.target.set_name, np.stack([*weightings.values()]))[:, slab.first : slab.last]
     found = [
         candidates(of_weights, counts[name].largest, counts[name].smallest)
         for name, of_weights in zip(weightings, estimates, strict=True)

@@ -46,7 +46,7 @@ def rank_candidates(
     counts = sketch.candidates_for(keep, [*ranker.weightings])
     if counts is None:
         return None
-    rows = best_rows(sketch, slab.target.set_name, ranker.weightings, counts)
+    rows = best_rows(sketch, slab, ranker.weightings, counts)
     if len(rows) > _MOST * sketch.artifact.shape.num_examples:
         return None
     groups = len(ranker.store.open_set("train").info.arrays)
