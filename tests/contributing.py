@@ -34,11 +34,13 @@ def make_store(
     members: Sequence[str] = ("m0",),
     rows: Mapping[str, int] = ROWS,
     invalid: Sequence[int] = (),
+    invalid_queries: Sequence[int] = (),
     groups: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
 ) -> FeatureStore:
     """Fill a store in memory with features from one generator for each row, so that blocks can be of any size.
 
-    ``invalid`` are train rows whose features are NaN; ``groups`` are those of a set, where they are not GROUPS.
+    ``invalid`` are train rows whose features are NaN, ``invalid_queries`` rows of learn; ``groups`` are those of a set, where
+    they are not GROUPS.
     """
     contract = {"model": {"adapter": "own", "output": "value", "source": "none"}, "projection": {"kind": "identity"}}
     run = {"run": {"name": "test", "seed": 0}}
@@ -66,7 +68,7 @@ def make_store(
         )
         made = store.create_set(info, inputs(info))
         for member in members:
-            fill(made.of_member(member), invalid if name == "train" else ())
+            fill(made.of_member(member), {"train": invalid, "learn": invalid_queries}.get(name, ()))
     return store
 
 

@@ -100,3 +100,41 @@ def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
     assert "images.parquet:7" in message
     assert "label" in message
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"learn": {"k": 0}}, 2, "learn.k: found 0; accepted: a number of at least 1, or a list of different ones."),
+        ({"learn": {"k": [3, 49]}}, 2, "learn.k: found 49; accepted: at most the 48 rows of data.train."),
+        ({"data.learn": {"rows": 0}}, 2, "data.learn.rows: found 0; accepted:"),
+        ({"data.learn": {"source": "nothing.jsonl"}}, 3, "nothing.jsonl"),
+        ({"data.eval": {"start": 50}}, 2, "rows [50, 62) of texts.jsonl overlap rows [48, 60) of data.learn"),
+        ({"learn": {"objective": "pairs"}}, 2, "learn.pairs: is missing"),
+        ({"learn": {"objective": "pairs", "pairs": "pairs.csv"}}, 2, "pairs.csv; there is no such file."),
+    ],
+    ids=[
+        "k of 0",
+        "k above N",
+        "no learn rows",
+        "no learn document",
+        "learn and eval overlap",
+        "no pairs",
+        "no pair file",
+    ],
+)
+def test_what_weights_cannot_be_learned_from_is_refused_before_there_is_a_store(
+    tiny_run: Path, tmp_path: Path, changes: dict[str, dict[str, Any]], code: int, message: str
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_run / "model")
+    (tmp_path / "texts.jsonl").symlink_to(tiny_run / "texts.jsonl")
+    (tmp_path / "nothing.jsonl").touch()
+    relative = {"model": {"source": "model"}, "data": {"source": "texts.jsonl"}}
+
+    run = make_run(tmp_path, str(tmp_path / "store"), {**relative, **changes})
+
+    found = gradstore("run", run, "--quiet", cwd=tmp_path)
+    assert found.returncode == code, found.stderr
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "store").exists()

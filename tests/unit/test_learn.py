@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from gradstore.errors import SpecError
+from gradstore.errors import DataError, SpecError
 from gradstore.numerics.learner import ENDS
 from gradstore.plan import sizes
 from gradstore.plan.combinations import LOWEST_OBJECTIVES
@@ -124,3 +124,21 @@ def test_k_counts_valid_rows_before_anything_is_written() -> None:
 def test_memory_is_a_size() -> None:
     with pytest.raises(SpecError, match=r"learn\.memory: found 'much'; accepted: a size such as"):
         make_spec(make_store(), learn={"memory": "much"})
+
+
+def test_without_a_valid_query_there_is_nothing_to_learn_from() -> None:
+    store = make_store(invalid_queries=range(5))
+    contributing.run(make_spec(store))
+
+    with pytest.raises(DataError, match=r"features/learn: no query has valid features, .* See data\.learn"):
+        weights_of(store, "learned")
+    assert WeightsArtifact.find_named(store.storage, "learned") is None
+
+
+def test_queries_that_are_not_valid_are_never_held_out() -> None:
+    store = make_store(invalid_queries=(0, 2, 3))
+    contributing.run(make_spec(store))
+
+    for seed in range(5):
+        _, facts = weights_of(store, f"seed-{seed}", held_out=0.9, seed=seed)
+        assert facts["held_out"] in ([1], [4])
