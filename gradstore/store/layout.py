@@ -22,6 +22,9 @@ A store holds
     contributions/<kernel>/<set>/values/c             Zarr array [queries, examples, groups]
     moments/<kernel>/<set>/values/{second_moments,candidates,rows} Zarr arrays [spans, queries, ...]
     score-matrices/<kernel>.<weights>/<set>/values/s  Zarr array [queries, examples]
+    sketches/<kernel>/basis/<member>/<group>          Zarr array [features, r]
+    sketches/<kernel>/values/{levels,scales,checksums} Zarr arrays [examples, r], [examples] and [examples, members]
+    sketches/<kernel>/recall.json
     weights/<name>/{weights,trajectory}.parquet
     scores/<name>/{proponents.parquet,summary.json}
 and in the folder of each artifact, which are all but the feature sets,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -72,6 +73,13 @@ def ranker(store: FeatureStore, spec: RunSpec) -> Ranker:
     )
 
 
+@cache
+def made_once(case: str) -> tuple[FeatureStore, RunSpec]:
+    """The store of a case, which is only read."""
+    settings, tables = RUNS[case]
+    return made(settings, **tables)
+
+
 RUNS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "block": ({}, {}),
     "identity": ({}, {"kernel": {"kind": "identity"}}),
@@ -88,8 +96,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("case", RUNS)
 def test_a_sketch_of_as_many_numbers_as_features_estimates_the_scores_that_contributions_give(case: str) -> None:
-    settings, tables = RUNS[case]
-    store, spec = made(settings, **tables)
+    store, spec = made_once(case)
     weights = np.array([[0.25] * 4, [*GIVEN.values()]])
 
     estimates = found(store, spec).estimates("eval", weights)
@@ -105,8 +112,7 @@ def test_a_sketch_of_as_many_numbers_as_features_estimates_the_scores_that_contr
 
 @pytest.mark.parametrize("case", RUNS)
 def test_c_of_single_rows_is_what_contributions_are(case: str) -> None:
-    settings, tables = RUNS[case]
-    store, spec = made(settings, **tables)
+    store, spec = made_once(case)
     rows = np.array([0, 1, 31, 32, 77, 199])
 
     ((given, c),) = found(store, spec).contributions(
@@ -194,7 +200,12 @@ def test_a_sketch_goes_on_from_the_blocks_that_are_there() -> None:
     before = artifact.missing_blocks()
 
     asked: list[Task] = []
-    make_sketch(spec, Interrupting(lambda task: bool(asked.append(task))))
+
+    def note(task: Task) -> bool:
+        asked.append(task)
+        return False
+
+    make_sketch(spec, Interrupting(note))
 
     assert [task.arguments[-1] for task in asked] == [[block] for block in before]
     assert 0 < len(before) < 7

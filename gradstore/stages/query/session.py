@@ -217,7 +217,9 @@ class Session:
             screened = rank_candidates(self._ranker, self._sketch, slab, k)
             if screened is not None:
                 return screened
-            self.progress.note(f"{sketch.artifact.folder}: too few of its candidates are sure; every row is scored")
+            self.progress.note(
+                f"{sketch.artifact.folder}: no number of candidates is sure enough and a quarter of the rows or fewer; every row is scored"
+            )
         return rank(self._ranker, slab, k), None
 
     @cached_property
