@@ -24,6 +24,8 @@ Features = Mapping[str, npt.NDArray[np.float32]]
 
 # Blocks whose scales are kept while their groups are read one after another.
 KEPT_SCALES: Final = 4
+# Bytes that come in the time of a request, up to which no other is sent meanwhile.
+_QUICK_REQUEST: Final = 2**16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,20 +145,25 @@ class FeatureChunks:
         """
         scales = None if self._scales_layout is None else self._kept_scales(record.unit, record.generation)[rows]
 
-        def read_group(name: str) -> None:
-            path, layout = self._path(name, record.unit), self._layout(name)
-            if self._takes_less(layout, len(rows)):
-                stored = np.empty((len(rows), *layout.chunk_shape[1:]), layout.stored_dtype)
-                a_row = stored[0].nbytes
-                ranges = [(a_row * row, memoryview(stored[place]).cast("B")) for place, row in enumerate(rows)]
-                place = self._place(path)
-                self._log.read(record, place, lambda: self._storage.read_ranges(place, ranges))
-                self._decode(name, stored, scales, into[name])
-                return
-            with self._buffers.borrow(layout.buffer_bytes) as buffer:
-                self._decode(name, self._read_into(record, path, layout, buffer)[rows], scales, into[name])
+        def read_ranges(name: str) -> None:
+            layout, place = self._layout(name), self._place(self._path(name, record.unit))
+            stored = np.empty((len(rows), *layout.chunk_shape[1:]), layout.stored_dtype)
+            a_row, memory = stored[0].nbytes, stored.data.cast("B")
+            ranges = [(a_row * row, memory[a_row * at : a_row * (at + 1)]) for at, row in enumerate(rows)]
+            self._log.read(record, place, lambda: self._storage.read_ranges(place, ranges))
+            self._decode(name, stored, scales, into[name])
 
-        in_parallel(read_group, into, threads=self._storage.concurrency)
+        def read_whole(name: str) -> None:
+            layout = self._layout(name)
+            with self._buffers.borrow(layout.buffer_bytes) as buffer:
+                stored = self._read_into(record, self._path(name, record.unit), layout, buffer)
+                self._decode(name, stored[rows], scales, into[name])
+
+        ranged = [name for name in into if self._takes_less(self._layout(name), len(rows))]
+        # Requests that take little are not worth a thread.
+        waiting = self._storage.request_bytes > _QUICK_REQUEST
+        in_parallel(read_ranges, ranged, threads=self._storage.concurrency if waiting else 1)
+        in_parallel(read_whole, [name for name in into if name not in ranged], threads=self._storage.concurrency)
 
     def _takes_less(self, layout: ArrayLayout, rows: int) -> bool:
         """Whether reading rows by ranges takes less than reading the chunk; compressed ones have no ranges."""
