@@ -32,13 +32,17 @@ def test_a_stage_tells_rows_and_bytes_and_the_time_left_at_the_rate_of_this_run(
     ]
 
 
-def test_a_stage_without_bytes_tells_none(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_without_bytes_tells_none_and_one_line_a_minute(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     with Progress().stage("kernel block", 4, "groups") as advance:
-        clock[0] += 20
+        clock[0] += 59
+        advance(0)
+        clock[0] += 1
         advance(1)
     assert capsys.readouterr().err.splitlines() == [
         "kernel block: 4 groups",
-        "kernel block: 1/4 groups, 0.1/s, 20 s so far, 0:01:00 left",
+        "kernel block: 1/4 groups, 0.0/s, 0:01:00 so far, 0:03:00 left",
     ]
 
 
