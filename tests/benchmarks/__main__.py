@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_contributions, bench_featurize, bench_kernel, bench_learner, bench_store
+from tests.benchmarks import bench_contributions, bench_featurize, bench_kernel, bench_learner, bench_query, bench_store
 
-BENCHMARKS = (bench_featurize, bench_kernel, bench_contributions, bench_learner, bench_store)
+BENCHMARKS = (bench_featurize, bench_kernel, bench_contributions, bench_learner, bench_store, bench_query)
 
 
 def main() -> None:

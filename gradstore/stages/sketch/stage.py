@@ -82,8 +82,10 @@ def _create(spec: RunSpec, store: FeatureStore, progress: Progress) -> SketchArt
     widths = {array.name: full_width(array) for array in info.arrays}
     features = len(members) * sum(widths.values())
     existing = SketchArtifact.find_named(store.storage, spec.kernel.name)
-    asked = spec.sketch.rank == "auto" and existing is not None
-    rank = existing.shape.rank if asked and existing is not None else sketch_rank(spec, info, features)
+    if existing is not None and spec.sketch.rank == "auto":
+        rank = existing.shape.rank
+    else:
+        rank = sketch_rank(spec, info, features)
     refuse_large_sketch(spec, rank, tuple(widths.values()), len(members), sample_rows(rank, info.num_examples))
     stored = DTYPES[info.dtype].item_bytes * info.num_examples * len(members) * sum(a.features for a in info.arrays)
     taken = sketch_bytes(rank, info.rows, features)
