@@ -177,7 +177,7 @@ def stack_of(set_name: str) -> str:
 def contribute_stage(spec: RunSpec, cut: ContributePlan, train: SetPlan, *, task_memory_bytes: int) -> StagePlan:
     """Plan the stage: one task per query set, member and damping, then one per span of blocks; in float16 one finds scales."""
     members, dampings, mode = len(spec.model.etas), len(spec.sweep()), spec.contribute.mode
-    half = spec.contribute.dtype == "float16" and mode != "scores"
+    half = spec.contribute.dtype == "float16" and (mode == "tensor" or bool(cut.moments))
     objects, written = 1 + dampings, 0  # zarr.json of queries, and of every kernel in it
     for shape in cut.queries.values():
         made, taken = _query_objects(shape)

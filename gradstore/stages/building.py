@@ -55,12 +55,10 @@ class BuiltContributions:
     ----------
     store, spec
         The store, and one run of a sweep.
-    settings, shape
+    settings, shape, rounding
         See `Contributions`.
     slabs
         Queries of every pass.
-    rounding
-        How C is rounded.
     valid
         See `StoredContributions`.
     """

@@ -14,7 +14,13 @@ from gradstore.plan.sizes import LEARNER_BUFFERS, verified_queries
 from gradstore.stages.progress import Progress
 from gradstore.stages.spectra import require_current
 from gradstore.store.alignment import aligned
-from gradstore.store.artifacts import ContributionArtifact, ContributionShape, MomentsArtifact, ScoreMatrixArtifact
+from gradstore.store.artifacts import (
+    ContributionArtifact,
+    ContributionShape,
+    MomentsArtifact,
+    QueryRounding,
+    ScoreMatrixArtifact,
+)
 from gradstore.store.features import FeatureStore
 from gradstore.store.layout import RowBlocks
 from gradstore.store.read_ahead import read_ahead
@@ -34,6 +40,11 @@ class Contributions(Protocol):
     @property
     def shape(self) -> ContributionShape:
         """Shape of C, and how it is cut."""
+        ...
+
+    @property
+    def rounding(self) -> QueryRounding:
+        """How C is rounded."""
         ...
 
     @property
@@ -91,10 +102,15 @@ class StoredContributions:
         return self.artifact.shape
 
     @property
+    def rounding(self) -> QueryRounding:
+        """See `Contributions`."""
+        return self.artifact.rounding
+
+    @property
     def read_bytes(self) -> int:
         """See `Contributions`."""
         shape = self.shape
-        return shape.queries * shape.rows * len(shape.groups) * self.artifact.rounding.stored_dtype.itemsize
+        return shape.queries * shape.rows * len(shape.groups) * self.rounding.stored_dtype.itemsize
 
     def valid_rows(self) -> np.ndarray:
         """See `Contributions`."""

@@ -107,6 +107,18 @@ def test_what_is_built_is_what_was_summed_to_the_last_bit(dtype: str) -> None:
             np.testing.assert_array_equal(c[query, places], kept[rows >= 0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_without_sums_nothing_is_kept_and_nothing_rounded(dtype: str) -> None:
+    store, tables = made("streamed", {"contribute": {"dtype": dtype, "second_moments": False}})
+    other, of_other = made("tensor")
+
+    weights, facts = weights_of(store, "learned", tables)
+
+    np.testing.assert_allclose(weights, weights_of(other, "learned", of_other)[0], rtol=1e-5)
+    assert facts["method"] == "certified"
+    assert {item.kind for item in list_artifacts(store.storage)} == {"kernel", "queries", "weights"}
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -13,7 +13,7 @@ from gradstore.plan.contributions import contributed_sets
 from gradstore.plan.resolve import resolve_kernel
 from gradstore.plan.sizes import query_tile, split
 from gradstore.spec import RunSpec
-from gradstore.stages.contribute.outputs import score_name, wants_moments
+from gradstore.stages.contribute.outputs import is_kept, score_name, wants_moments
 from gradstore.stages.contribute.queries import Stack, Target, in_group_shape
 from gradstore.stages.contribute.settings import output_settings, query_settings
 from gradstore.store.artifacts import (
@@ -96,6 +96,8 @@ def create_outputs(
             ScoreMatrixArtifact.create(
                 store.storage, score_name(target), target.set_name, settings=settings, shape=shape
             )
+            continue
+        if not is_kept(spec, target):
             continue
         rounding = stored_as(store, target) or QueryRounding.of(spec.contribute.dtype, scales.get(target), queries)
         if spec.contribute.mode == "tensor":

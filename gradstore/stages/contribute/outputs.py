@@ -294,6 +294,11 @@ def wants_moments(spec: RunSpec, target: Target) -> bool:
     return asked and role_of(target.set_name) == "learn"
 
 
+def is_kept(spec: RunSpec, target: Target) -> bool:
+    """Whether C of a target is kept, or what is summed of it: in the type and with the scales of C."""
+    return spec.contribute.mode == "tensor" or wants_moments(spec, target)
+
+
 def _open_moments(store: FeatureStore, spec: RunSpec, target: Target, of: tuple[int, Sequence[int]]) -> Moments | None:
     from gradstore.numerics.learner import initial_weights
 

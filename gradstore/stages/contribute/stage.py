@@ -24,7 +24,7 @@ from gradstore.stages.contribute.artifacts import (
     targets_of,
     tiles_of,
 )
-from gradstore.stages.contribute.outputs import score_name, wants_moments
+from gradstore.stages.contribute.outputs import is_kept, score_name, wants_moments
 from gradstore.stages.contribute.products import refuse_weights
 from gradstore.stages.contribute.queries import Stack, Target, precondition, refuse_other_groups
 from gradstore.stages.contribute.rows import prepare_rows
@@ -128,14 +128,14 @@ def _remove_partials(spec: RunSpec, store: FeatureStore) -> None:
 
 
 def _lacks_scales(spec: RunSpec, store: FeatureStore, target: Target) -> bool:
-    if spec.contribute.mode == "scores" or spec.contribute.dtype != "float16":
+    if not is_kept(spec, target) or spec.contribute.dtype != "float16":
         return False
     return stored_as(store, target) is None
 
 
 def _tell_kept_dtypes(spec: RunSpec, store: FeatureStore, targets: Sequence[Target], progress: Progress) -> None:
     for target in targets:
-        kept = None if spec.contribute.mode == "scores" else stored_as(store, target)
+        kept = stored_as(store, target) if is_kept(spec, target) else None
         if kept is not None and kept.dtype != spec.contribute.dtype:
             name = f"contributions/{target.kernel}/{target.set_name}"
             progress.note(f"{name}: keeps dtype {kept.dtype} from its creation, not {spec.contribute.dtype}")

@@ -130,7 +130,10 @@ def solve(problem: Problem, progress: Progress) -> list[Found]:
 def moments_of(storage: Storage, kernel: str, set_name: str, contributions: Contributions) -> MomentsArtifact | None:
     """A_q and candidates of C, if they are there, whole, and of this C as it is rounded."""
     moments = MomentsArtifact.find_named(storage, kernel, set_name)
-    if moments is None or not moments.is_complete() or moments.rounding.dtype != contributions.shape.dtype:
+    if moments is None or not moments.is_complete():
+        return None
+    ours, theirs = contributions.rounding, moments.rounding
+    if theirs.dtype != ours.dtype or (theirs.scales != ours.scales).any():
         return None
     of_c = {name: value for name, value in contributions.settings.items() if name != "shape"}
     return moments if all(moments.settings.get(name) == value for name, value in of_c.items()) else None
@@ -203,8 +206,9 @@ def _by_steps(problem: Problem, guess: _Guess | str | None, progress: Progress) 
     else:
         found, reasons = _certified(problem, _required(guess), settings)
         _tell_certified([*found.values()], len(settings), progress)
+    of = f" for each of {len(settings) - len(found)} candidates" if len(settings) > 1 else ""
     for reason in dict.fromkeys(reasons):
-        progress.note(f"weights are not certified but streamed, in {problem.learn.epochs} reads of C: {reason}")
+        progress.note(f"weights are not certified but streamed, in {problem.learn.epochs} reads of C{of}: {reason}")
     return [found.get(place) or _streamed(problem, each, progress) for place, each in enumerate(settings)]
 
 
