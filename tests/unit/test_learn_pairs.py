@@ -19,7 +19,7 @@ from gradstore.stages.learn import refuse_other_weights
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.features import FeatureStore
 from tests import contributing, oracle
-from tests.contributing import make_spec, make_store, stored_c
+from tests.contributing import ROWS, make_spec, make_store, stored_c
 from tests.learning import learned, weights_of
 from tests.runs import make_run
 
@@ -92,6 +92,24 @@ def test_pairs_of_learned_queries_alone_count_where_some_are_held_out(store: Fea
     table = artifact.read_candidates()
     assert table is not None
     np.testing.assert_allclose(table["weights"].to_pylist()[0], expected, rtol=1e-5)
+
+
+def test_aspects_share_the_file_and_each_takes_the_pairs_of_its_queries(tmp_path: Path) -> None:
+    store = make_store(rows={**ROWS, "learn-style": 3})
+    tables = {"data": {"aspects": {"style": {"source": "style.txt"}}}}
+    contributing.run(make_spec(store, **tables))
+
+    # Query 4 is in learn alone, so that nothing is said of it for style.
+    both = write(tmp_path / "both.csv", [("example 0", "example 3"), ("example 4", "example 8")])
+    learned(store, "of-both", tables, objective="pairs", pairs=both)
+
+    losses = WeightsArtifact.open(store.storage, "of-both-style").read_trajectory()
+    taken = {row["query"] for row in losses.to_pylist() if not np.isnan(row["loss"])}
+    assert taken == {0}
+    one = write(tmp_path / "one.csv", [("example 4", "example 8")])
+    with pytest.raises(DataError, match=r"one\.csv: holds no pairs of queries of learn-style"):
+        learned(store, "of-one", tables, objective="pairs", pairs=one)
+    assert WeightsArtifact.open(store.storage, "of-one").is_complete()
 
 
 def test_a_format_or_an_order_makes_no_other_weights_but_another_pair_does(store: FeatureStore, tmp_path: Path) -> None:

@@ -331,9 +331,9 @@ def _tell_certified(found: Sequence[Found], candidates: int, progress: Progress)
     if not found:
         return
     last = max((each.facts for each in found), key=lambda facts: facts["reads"])
-    of = f" of {len(found)} of {candidates} candidates" if candidates > 1 else ""
+    of = f"{len(found)} of {candidates} candidates " if candidates > 1 else ""
     progress.note(
-        f"certified by {last['reads']} reads of C{of}; {last['kept_rows']:,} rows of a query at most were kept, "
+        f"{of}certified by {last['reads']} reads of C; {last['kept_rows']:,} rows of a query at most were kept, "
         f"{gigabytes(last['kept_bytes'])} in all"
     )
 
