@@ -6,17 +6,18 @@ stores       commands that take a store
 attribution  those of them that show weights and influence
 queries      the command that asks a store
 clusters     the command for who runs a cluster
+jobs         commands for runs that go on by themselves
 """
 
 from __future__ import annotations
 
 import sys
 
-from gradstore.cli import attribution, clusters, queries, runs, stores, synth
+from gradstore.cli import attribution, clusters, jobs, queries, runs, stores, synth
 from gradstore.cli.application import app
 from gradstore.errors import GradstoreError
 
-__all__ = ["app", "attribution", "clusters", "main", "queries", "runs", "stores", "synth"]
+__all__ = ["app", "attribution", "clusters", "jobs", "main", "queries", "runs", "stores", "synth"]
 
 
 def main() -> None:

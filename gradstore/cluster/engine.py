@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from gradstore.cluster.kinds import CLUSTERS, refuse_cluster
 from gradstore.cluster.submission import Submission
-from gradstore.cluster.tasks import Failed, Task
+from gradstore.cluster.tasks import RETRIES_TOPIC, Failed, Task
 from gradstore.errors import TaskError
 
 if TYPE_CHECKING:
@@ -29,16 +29,36 @@ class Engine:
 
     Use as a context manager; closing it ends an embedded cluster and leaves a shared one alone.
 
+    Parameters
+    ----------
+    section
+        [cluster] of run.toml.
+    announce
+        Takes one line for who watches.
+    priority
+        Of its tasks among those of others on one scheduler: higher goes first.
+    count
+        Takes that something happened so many times: ``retries``, tasks that were begun again.
+
     Raises
     ------
     SpecError
         If the kind of cluster has no such options, or its scheduler is neither on this machine nor encrypted.
     """
 
-    def __init__(self, section: ClusterSection, announce: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        section: ClusterSection,
+        announce: Callable[[str], None] = lambda _: None,
+        *,
+        priority: int = 0,
+        count: Callable[[str, int], None] = lambda _, __: None,
+    ) -> None:
         refuse_cluster(section)
         self._section = section
         self._announce = announce
+        self._priority = priority
+        self._count = count
         self._stack = ExitStack()
         self._client: Client | None = None
 
@@ -74,12 +94,24 @@ class Engine:
         """
         if not tasks:
             return
-        submission = Submission(self.client, tasks)
+        submission = Submission(self.client, tasks, self._priority)
         try:
-            yield from self._finished(submission)
+            with self._counting_retries(submission):
+                yield from self._finished(submission)
         finally:
             submission.release()
         submission.refuse_failed(local=self._section.kind == "local")
+
+    @contextmanager
+    def _counting_retries(self, submission: Submission) -> Iterator[None]:
+        """Enter to be told of tasks that fail on their workers, most of which are tried again."""
+        topic = f"{RETRIES_TOPIC}-{submission.run}"
+        self.client.subscribe_topic(topic, lambda _: self._count("retries", 1))
+        try:
+            yield
+        finally:
+            if self.client.status == "running":
+                self.client.unsubscribe_topic(topic)
 
     def _finished(self, submission: Submission) -> Iterator[tuple[Task, Any]]:
         """(task, result) as tasks finish."""

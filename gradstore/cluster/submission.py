@@ -25,10 +25,12 @@ class Submission:
     failed. Everything else is in the hands of the scheduler.
     """
 
-    def __init__(self, client: Client, tasks: Sequence[Task]) -> None:
+    def __init__(self, client: Client, tasks: Sequence[Task], priority: int = 0) -> None:
         self._client = client
+        self._priority = priority
         # Keys are global to a scheduler, and other runs may share it.
-        self._run = uuid4().hex
+        self.run = uuid4().hex
+        """Names this submission among all that a scheduler has had."""
         self._groups = 0
         self._tasks: dict[str, Task] = {}
         self._futures: dict[str, Future] = {}
@@ -76,7 +78,8 @@ class Submission:
             If a task failed otherwise, naming every task that did.
         """
         if self._failed:
-            raise _failure(self._failed, self._not_run, self._tasks, local=local)
+            failure, cause = _failure(self._failed, self._not_run, self._tasks, local=local)
+            raise failure from cause
 
     def _add(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
@@ -107,14 +110,14 @@ class Submission:
         for name, before in awaited.items():
             if before not in groups:
                 self._groups += 1
-                groups[before] = f"{re.sub(r'-[0-9]+$', '', name)}-{self._run}-{self._groups}"
+                groups[before] = f"{re.sub(r'-[0-9]+$', '', name)}-{self.run}-{self._groups}"
         keys = {name: (groups[before], name) for name, before in awaited.items()}
         # Dask takes the key of what is not in this graph for a plain value, and waits for its future alone.
         nodes: dict[str, Any] = {**self._futures, **keys}
         graph: dict[tuple[str, str], Any] = {}
         for name, before in awaited.items():
             task = self._tasks[name]
-            work = partial(attempt, task.function, task.arguments)
+            work = partial(attempt, task.function, task.arguments, self.run)
             if before:
                 waiting = f"gate-{groups[before]}", "gate"
                 graph[waiting] = (gate, *(nodes[other] for other in before))
@@ -124,7 +127,12 @@ class Submission:
         asked = {keys[name]: dict(self._tasks[name].resources) for name in names if self._tasks[name].resources}
         resources = partial(asked_of, asked) if asked and self._is_mixed() else None
         found = self._client.get(
-            graph, [keys[name] for name in names], sync=False, retries=RETRIES, resources=resources
+            graph,
+            [keys[name] for name in names],
+            sync=False,
+            retries=RETRIES,
+            resources=resources,
+            priority=self._priority,
         )
         self._futures |= dict(zip(names, found, strict=True))
         return list(found)
@@ -181,8 +189,8 @@ class Submission:
 
 def _failure(
     failed: Mapping[str, BaseException], not_run: Mapping[str, str], tasks: Mapping[str, Task], *, local: bool
-) -> GradstoreError:
-    """What to raise: a task's own error before others, with the names of all tasks that failed or were not run."""
+) -> tuple[GradstoreError, BaseException]:
+    """What to raise and for what: a task's own error before others, with the names of all that failed or were not run."""
     own = [(name, error) for name, error in failed.items() if isinstance(error, GradstoreError)]
     name, error = own[0] if own else next(iter(failed.items()))
     more = [other for other in failed if other != name]
@@ -193,16 +201,15 @@ def _failure(
     others = f" ({'; '.join(told)})" if told else ""
     committed = "Everything else was committed; the same command goes on from there."
     if own:
-        return type(own[0][1])(f"{name}: {error}{others}")
+        return type(own[0][1])(f"{name}: {error}{others}"), error
     if type(error).__name__ == "KilledWorker":
         # KilledWorker(task, last worker, deaths beyond the first)
         deaths = error.args[2] + 1
         raised = "raise cluster.memory_per_worker" if local else "start workers with more memory"
         lower = f"Lower {' or '.join(tasks[name].lower)}, or {raised}" if tasks[name].lower else raised.capitalize()
-        return TaskError(
-            f"{name}: its worker died {deaths} times, most likely out of memory{others}. {committed} {lower}."
-        )
-    return TaskError(f"{name}: {type(error).__name__}: {error}{others}. {committed}")
+        message = f"{name}: its worker died {deaths} times, most likely out of memory{others}. {committed} {lower}."
+        return TaskError(message), error
+    return TaskError(f"{name}: {type(error).__name__}: {error}{others}. {committed}"), error
 
 
 def asked_of(asked: Mapping[Any, dict[str, float]], key: Any) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from gradstore.errors import GradstoreError, IntegrityError, ObjectMissingError,
 
 # What libraries of linear algebra read when they are loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Topic of Dask's events, before the name of a submission, that counts tasks which failed in a way that may pass.
+RETRIES_TOPIC = "gradstore-retries"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,22 +61,30 @@ class Failed:
     error: BaseException
 
 
-def attempt(function: Callable[..., Any], arguments: tuple[Any, ...], opened: bool = True) -> Any:
+def attempt(function: Callable[..., Any], arguments: tuple[Any, ...], run: str, opened: bool = True) -> Any:
     """Call a task on a worker, with one thread of computation; ``opened`` says whether what it is to run after went well.
 
-    Storage may answer the next time; gradstore's other errors are not worth a retry.
+    Storage may answer the next time; gradstore's other errors are not worth a retry. ``run`` names the submission, whose
+    engine is told of what is.
     """
     if not opened:
         return Failed(TaskError("a task before it failed"))
+    from distributed import get_worker
+
     try:
         with one_thread():
             return function(*arguments)
-    except (IntegrityError, ObjectMissingError) as error:
-        return Failed(error)
-    except StorageError:
+    except Exception as error:
+        # The frames of a worker are not sent with an error; as text they are.
+        error.add_note(f"On the worker:\n{traceback.format_exc()}")
+        if isinstance(error, GradstoreError) and not _may_pass(error):
+            return Failed(error)
+        get_worker().log_event(f"{RETRIES_TOPIC}-{run}", str(error))
         raise
-    except GradstoreError as error:
-        return Failed(error)
+
+
+def _may_pass(error: GradstoreError) -> bool:
+    return isinstance(error, StorageError) and not isinstance(error, IntegrityError | ObjectMissingError)
 
 
 def gate(*results: Any) -> bool:

@@ -11,6 +11,7 @@ from gradstore.stages.verify import count_blocks, total
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureSet
 from gradstore.store.health import Health, Unit, check_store
+from gradstore.store.jobs import is_job_object
 from gradstore.store.layout import METADATA_FILE
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def stat(store_url: str) -> dict[str, Any]:
         **total([*survey.listing.values()]),
         "feature_sets": sets,
         "artifacts": artifacts,
+        "jobs": total([info for path, info in survey.listing.items() if is_job_object(path)]),
         "blocks": count_blocks(health),
         "orphans": total(health.loose),
         "unknown": total(health.unknown),

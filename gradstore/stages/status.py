@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gradstore.store.artifacts import ScoresArtifact, list_artifacts, stale_blocks
 from gradstore.store.codecs import as_written
 from gradstore.store.features import FeatureStore
+from gradstore.store.jobs import Jobs
 from gradstore.store.layout import ARTIFACT_FILE
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def status(store_url: str) -> dict[str, Any]:
             for ranking in rankings
             if ranking["kernel"] is None
         ],
+        "jobs": [sight.id for sight in Jobs(store.storage).sights()],
     }
 
 

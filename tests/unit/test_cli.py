@@ -18,6 +18,7 @@ Invoke = Callable[..., tuple[int, str, str]]
 COMMANDS = (
     *("init", "plan", "doctor", "featurize", "kernel", "self-influence", "contribute", "learn"),
     *("score", "report", "run", "status", "export", "delete", "prune", "verify", "repair", "gc", "stat", "synth"),
+    *("submit", "jobs"),
 )
 
 

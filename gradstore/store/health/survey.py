@@ -12,12 +12,13 @@ from gradstore.errors import IntegrityError, NotReadyError, ObjectMissingError
 from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact
 from gradstore.store.artifacts.artifact import FOLDERS, VERBS, Artifact
 from gradstore.store.backend import ObjectInfo, Storage
-from gradstore.store.blocks import ObjectEntry
+from gradstore.store.blocks import ObjectEntry, in_parallel
 from gradstore.store.codecs import MALFORMED, decode_document
 from gradstore.store.contract import require_version
 from gradstore.store.features import FeatureSet, SetInfo, SetVersion
 from gradstore.store.health.ledger import ARTIFACTS, Ledger, ledger_of_artifact, ledger_of_member
 from gradstore.store.health.problems import Kind, Problem
+from gradstore.store.jobs import forget, is_job_object, job_of
 from gradstore.store.layout import (
     ARTIFACT_FILE,
     STORE_FILE,
@@ -107,6 +108,7 @@ def take_survey(storage: Storage) -> Survey:
         _survey_set(survey, name, sets[name])
     for folder in sorted(artifacts):
         _survey_artifact(survey, folder)
+    _survey_jobs(survey)
     for ledger in survey.ledgers:
         for unit, generations in survey.generations(ledger).items():
             survey.known.update(record_path(ledger.log.folder, unit, generation) for generation in generations)
@@ -294,6 +296,14 @@ def _survey_artifact(survey: Survey, folder: str) -> None:
         return
     survey.artifacts[folder] = artifact
     survey.ledgers.append(ledger)
+
+
+def _survey_jobs(survey: Survey) -> None:
+    def read(path: str) -> None:
+        _read(survey, path, forget(survey.storage.url, job_of(path)))
+
+    # Drivers remove heartbeats; what is gone since it was listed is no problem.
+    in_parallel(read, filter(is_job_object, survey.listing), threads=survey.storage.concurrency)
 
 
 def _expect_metadata(survey: Survey, arrays: Mapping[str, ArrayLayout]) -> None:
