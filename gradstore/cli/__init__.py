@@ -7,6 +7,7 @@ attribution  those of them that show weights and influence
 queries      the command that asks a store
 clusters     the command for who runs a cluster
 jobs         commands for runs that go on by themselves
+telling      who is told of the stages of a command
 """
 
 from __future__ import annotations

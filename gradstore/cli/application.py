@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +21,15 @@ Store = Annotated[str, typer.Argument(metavar="STORE", help="A directory or s3:/
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telling:
+    """How stages tell of themselves, whatever the command: as options before its name say."""
+
+    log_format: Literal["text", "json"]
+    metrics: Path | None
+    metrics_port: int | None
 
 
 def draw(*renderables: object) -> None:
@@ -41,8 +51,20 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option("--log-format", help="How stages tell of themselves on standard error.")
+    ] = "text",
+    metrics: Annotated[
+        Path | None,
+        typer.Option("--metrics", metavar="FILE", help="Keep metrics of stages there, as Prometheus reads them."),
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", metavar="PORT", help="Serve them on the loopback, at /metrics.")
+    ] = None,
 ) -> None:
     """Training-data attribution from an out-of-core store of per-example gradient features."""
+    context.obj = Telling(log_format=log_format, metrics=metrics, metrics_port=metrics_port)

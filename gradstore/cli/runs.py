@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradstore.cli.application import Json, Quiet, Run, app, draw
+from gradstore.cli.telling import telling
 from gradstore.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -100,63 +101,67 @@ def doctor(
 
 
 @app.command()
-def featurize(run: Run, append: Append = False, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def featurize(
+    context: typer.Context, run: Run, append: Append = False, scheduler: Scheduler = None, quiet: Quiet = False
+) -> None:
     """Stream the gradient features of every split into the store."""
     from gradstore.stages.featurize import featurize as stage
 
-    _run_stages(run, scheduler, quiet, partial(stage, append=append))
+    _run_stages(context, run, scheduler, quiet, partial(stage, append=append))
 
 
 @app.command()
-def kernel(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def kernel(context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Build the kernel's spectra from the train features."""
     from gradstore.stages.kernel import build_kernel as stage
 
-    _run_stages(run, scheduler, quiet, stage)
+    _run_stages(context, run, scheduler, quiet, stage)
 
 
 @app.command("self-influence")
-def self_influence(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def self_influence(context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Compute what every training example contributes to itself, group by group; contribute does so where it needs it."""
     from gradstore.stages.self_influence import self_influence as stage
 
-    _run_stages(run, scheduler, quiet, stage)
+    _run_stages(context, run, scheduler, quiet, stage)
 
 
 @app.command()
-def sketch(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def sketch(context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Keep a few numbers of every train row, by which `gradstore query` finds the rows worth scoring exactly."""
     from gradstore.stages.sketch import sketch as stage
 
-    _run_stages(run, scheduler, quiet, stage)
+    _run_stages(context, run, scheduler, quiet, stage)
 
 
 @app.command()
-def contribute(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def contribute(context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Build the contribution tensor C[q, n, j] of the learn and eval queries."""
     from gradstore.stages.contribute import contribute as stage
 
-    _run_stages(run, scheduler, quiet, stage)
+    _run_stages(context, run, scheduler, quiet, stage)
 
 
 @app.command()
-def learn(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def learn(context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Learn one weight per parameter group from the contributions of the learn queries."""
     from gradstore.stages.learn import learn as stage
 
-    _run_stages(run, scheduler, quiet, stage)
+    _run_stages(context, run, scheduler, quiet, stage)
 
 
 @app.command()
-def score(run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def score(context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
     """Rank the training examples of every eval query, with and without weights, beside the baselines."""
     from gradstore.stages.score import score as stage
 
-    _run_stages(run, scheduler, quiet, stage)
+    _run_stages(context, run, scheduler, quiet, stage)
 
 
 @app.command("run")
-def run_all(run: Run, append: Append = False, scheduler: Scheduler = None, quiet: Quiet = False) -> None:
+def run_all(
+    context: typer.Context, run: Run, append: Append = False, scheduler: Scheduler = None, quiet: Quiet = False
+) -> None:
     """Do the whole path, featurize to report; what is already done is kept."""
     from gradstore.spec import read_spec
     from gradstore.stages.featurize import featurize as first
@@ -165,7 +170,7 @@ def run_all(run: Run, append: Append = False, scheduler: Scheduler = None, quiet
     from gradstore.stages.run import stages_of
 
     spec = read_spec(run)
-    run_stages(spec, scheduler, quiet, partial(first, append=append), *stages_of(spec)[1:])
+    run_stages(context, spec, scheduler, quiet, partial(first, append=append), *stages_of(spec)[1:])
     if spec.contribute.mode == "scores":
         typer.echo('no report: its page shows the parts of scores, which contribute.mode = "scores" does not make')
         return
@@ -174,25 +179,24 @@ def run_all(run: Run, append: Append = False, scheduler: Scheduler = None, quiet
     typer.echo(f"report: {page}")
 
 
-def _run_stages(path: Path, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:
+def _run_stages(context: typer.Context, path: Path, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:
     """Run the stages of a run.toml one after the other on one cluster: its own, or the workers of a scheduler."""
     from gradstore.spec import read_spec
 
-    return run_stages(read_spec(path), scheduler, quiet, *stages)
+    return run_stages(context, read_spec(path), scheduler, quiet, *stages)
 
 
-def run_stages(spec: RunSpec, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:
+def run_stages(context: typer.Context, spec: RunSpec, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:
     """Run stages one after the other on one cluster: that of the run, or the workers of a scheduler."""
     from gradstore.cluster import Engine
-    from gradstore.stages.progress import Progress
 
     if scheduler is not None:
         spec = spec.model_copy(update={"cluster": spec.cluster.at(scheduler)})
-    progress = Progress(quiet=quiet)
-    try:
-        with Engine(spec.cluster, progress.note) as engine:
-            for stage in stages:
-                stage(spec, engine, progress)
-    except KeyboardInterrupt:
-        raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
+    with telling(context, spec.run.name, quiet=quiet) as progress:
+        try:
+            with Engine(spec.cluster, progress.note, count=progress.count) as engine:
+                for stage in stages:
+                    stage(spec, engine, progress)
+        except KeyboardInterrupt:
+            raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
     return spec

@@ -19,6 +19,7 @@ def _count(name: str, text: str) -> typer.models.OptionInfo:
 
 @app.command()
 def synth(  # noqa: PLR0913 - typer takes a command's options from its parameters
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where run.toml and planted.json are written.")],
     *,
     rows: Annotated[int, _count("--rows", "Rows of the train set.")] = 100_000,
@@ -69,5 +70,5 @@ def synth(  # noqa: PLR0913 - typer takes a command's options from its parameter
         workers=workers,
         memory_per_worker=memory,
     )
-    run_stages(make_folder(settings), scheduler, quiet, featurize)
+    run_stages(context, make_folder(settings), scheduler, quiet, featurize)
     typer.echo(f"wrote {folder / 'run.toml'}; next: gradstore kernel {folder / 'run.toml'}")

@@ -256,6 +256,7 @@ def _count_invalid_rows(spec: RunSpec, progress: Progress, feature_set: FeatureS
         rows |= {name: block for name, valid in pairs if name is not None and not valid}
     if not rows:
         return
+    progress.count("invalid_rows", len(rows))
     told = f"features/{info.name}: {len(rows):,} of {info.num_examples:,} rows are not finite: {', '.join([*rows][:3])}"
     if len(rows) > spec.features.max_invalid * info.num_examples:
         raise DataError(
