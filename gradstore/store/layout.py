@@ -30,6 +30,7 @@ A store holds
 and in the folder of each artifact, which are all but the feature sets,
     artifact.json                                     settings and number of units, of the first creator
     commits/<hash of artifact.json>/<unit>.<generation>.json   commit records
+Beside all this jobs/<id>/ tells of runs that were submitted (gradstore/store/jobs.py).
 """
 
 from __future__ import annotations

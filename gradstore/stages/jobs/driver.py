@@ -97,7 +97,7 @@ def _wait_for(jobs: Jobs, other: str, report: Report) -> None:
         If it failed or was cancelled.
     """
     report.write(f"waiting for the job {other}")
-    while (state := state_of(jobs, other)) != "done":
+    while (state := state_of(jobs, other)[0]) != "done":
         if state in ("failed", "cancelled"):
             raise NotReadyError(
                 f"the job {other}, which has to be done before, {'failed' if state == 'failed' else 'was cancelled'}. Resume "

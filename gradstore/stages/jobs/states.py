@@ -23,10 +23,13 @@ LOST_EXIT_CODE = 11
 POLL_SECONDS = 0.5
 
 
-def state_of(jobs: Jobs, job: str) -> str:
-    """Return the state of a job; ``absent`` if there is none of that id."""
+def state_of(jobs: Jobs, job: str) -> tuple[str, int]:
+    """Return the state of a job, ``absent`` if it has no attempt yet, and the number of the attempt whose state it is."""
     sight = jobs.sight(job)
-    return "absent" if sight.attempt == 0 else _look(jobs, [sight])[0]["state"]
+    if sight.attempt == 0:
+        return "absent", 0
+    found = _look(jobs, [sight])[0]
+    return found["state"], found["attempt"]
 
 
 def is_driven(jobs: Jobs, job: str) -> bool:
@@ -100,7 +103,7 @@ def cancel(store_url: str, job: str) -> dict[str, Any]:
     if (state := _look(jobs, [sight])[0]["state"]) not in ALIVE:
         raise SpecError(f"{jobs.storage.url}: the job {job} is {state}: there is nothing to cancel.")
     jobs.cancel(job, sight.attempt, myself(), now())
-    return {"store": jobs.storage.url, "id": job, "state": state_of(jobs, job)}
+    return {"store": jobs.storage.url, "id": job, "state": state_of(jobs, job)[0]}
 
 
 def _look(jobs: Jobs, sights: Sequence[Sight]) -> list[dict[str, Any]]:

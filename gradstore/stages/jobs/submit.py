@@ -73,14 +73,14 @@ def submit(spec: RunSpec, wishes: Wishes) -> dict[str, Any]:
         raise SpecError(f"--after: found {wishes.after}, which is this job itself. Name another, or leave it out.")
     if wishes.after is not None:
         jobs.record(wishes.after)
-    state = state_of(jobs, record.id)
+    state, last = state_of(jobs, record.id)
     if state in ALIVE or (state == "done" and not wishes.append):
         _refuse_another_run(jobs, record)
         return _answer(jobs, record.id, state, began=False)
     with _launcher(jobs, spec.cluster) as launch:
         if not jobs.create(record):
             _refuse_another_run(jobs, record)
-        return _begin(jobs, record.id, spec.cluster, wishes, launch)
+        return _begin(jobs, (record.id, last + 1), spec.cluster, wishes, launch)
 
 
 def resume(store_url: str, job: str, cluster: Callable[[ClusterSection], ClusterSection]) -> dict[str, Any]:
@@ -102,18 +102,18 @@ def resume(store_url: str, job: str, cluster: Callable[[ClusterSection], Cluster
     """
     jobs = Jobs(open_storage(store_url, copies=False))
     record = jobs.record(job)
-    if (state := state_of(jobs, job)) in ALIVE and state != "queued":
+    state, number = state_of(jobs, job)
+    if state in ALIVE and state != "queued":
         raise SpecError(
             f"{store_url}: the job {job} is {state}; only one that nobody drives is resumed. Cancel it first."
         )
-    number = jobs.sight(job).attempt
     if number == 0:
         raise SpecError(f"{store_url}: the job {job} was never begun. Submit its run.toml again.")
     last = jobs.attempt(job, number)
     section = cluster(RunSpec.model_validate({**record.run, "cluster": last.cluster}).cluster)
     wishes = Wishes(priority=last.priority, after=last.after, append=last.append)
     with _launcher(jobs, section) as launch:
-        return _begin(jobs, job, section, wishes, launch)
+        return _begin(jobs, (job, number + 1), section, wishes, launch)
 
 
 def record_of(spec: RunSpec) -> JobRecord:
@@ -124,9 +124,13 @@ def record_of(spec: RunSpec) -> JobRecord:
     return JobRecord(id=job, name=spec.run.name, run_hash=run_hash, run=run, by=myself(), at=now())
 
 
-def _begin(jobs: Jobs, job: str, cluster: ClusterSection, wishes: Wishes, launch: Launch) -> dict[str, Any]:
+def _begin(
+    jobs: Jobs, named: tuple[str, int], cluster: ClusterSection, wishes: Wishes, launch: Launch
+) -> dict[str, Any]:
+    """Begin an attempt, (job, number): of those that found the same one to have ended before, one does."""
+    job, number = named
     attempt = Attempt(
-        number=jobs.sight(job).attempt + 1,
+        number=number,
         cluster=cluster.model_dump(),
         priority=wishes.priority,
         after=wishes.after,
@@ -138,11 +142,11 @@ def _begin(jobs: Jobs, job: str, cluster: ClusterSection, wishes: Wishes, launch
         # Somebody else was faster; theirs is driven.
         return _answer(jobs, job, "queued", began=False)
     try:
-        launch(job, attempt.number)
+        launch(job, number)
     except TaskError as error:
         told = {"message": str(error), "traceback": ""}
         ending: Mapping[str, Any] = {"state": "failed", "exit_code": error.exit_code, "at": now(), "error": told}
-        jobs.end(job, attempt.number, {**ending, "seconds": 0.0, "stages": [], "counts": {}})
+        jobs.end(job, number, {**ending, "seconds": 0.0, "stages": [], "counts": {}})
         raise
     return _answer(jobs, job, "queued", began=True)
 
