@@ -157,7 +157,9 @@ def job_of(path: str) -> str:
 
 def forget(store_url: str, job: str) -> str:
     """Say what to do about a job whose documents are damaged."""
-    return f"Run `gradstore prune {store_url} {JOBS_FOLDER}/{job}`: it forgets the job, and what that has committed stays."
+    return (
+        f"Run `gradstore prune {store_url} {JOBS_FOLDER}/{job}`: it forgets the job, and what that has committed stays."
+    )
 
 
 class Jobs:
