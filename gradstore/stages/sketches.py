@@ -25,6 +25,8 @@ from gradstore.store.features import FeatureSet, FeatureStore
 
 # Bytes of features of single rows that are in memory at once.
 _ROW_BYTES: Final = 2**28
+# Most rows that are scored for the sake of opponents.
+_OPPONENTS_SHARE: Final = 1 / 25
 
 
 def sketch_settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
@@ -63,23 +65,28 @@ def _is_of(artifact: SketchArtifact, spec: RunSpec) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """How many rows of the best estimates are scored exactly.
+class Side:
+    """How many rows of the best estimates on one side are scored exactly.
 
     Attributes
     ----------
-    largest, smallest
-        Rows of the largest estimates, and of the smallest.
-    k
-        Best rows that recall was measured of: no fewer than were asked for.
+    rows
+        Rows of the largest estimates, or of the smallest.
     recall
-        Mean share of these that so many candidates hold, on the side where it is less; None where it was not measured.
+        Mean share of the best rows that so many hold; None where it was not measured.
     """
 
-    largest: int
-    smallest: int
-    k: int
+    rows: int
     recall: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """The rows of one weighting that are scored exactly; ``k`` best ones, no fewer than were asked for, recall was measured of."""
+
+    k: int
+    proponents: Side
+    opponents: Side
 
 
 @dataclass(frozen=True)
@@ -164,38 +171,51 @@ class Sketch:
     def candidates_for(self, k: int, names: Sequence[str]) -> dict[str, Candidates] | None:
         """How many candidates hold the best k rows as surely as was asked for, by weighting; None if no number does.
 
-        Of weights that were learned since recall was measured they are as many as of those that take most.
+        Opponents are asked for less often, and under weights they may stand out so little that it would take most rows: they
+        have as many candidates as they need up to a share of the rows, and their recall is told. Of weights that were learned
+        since recall was measured, candidates are as many as of those that take most.
         """
         measured = min((int(rows) for rows in self.recall["rows"] if rows >= k), default=None)
         if measured is None:
             return None
+        known = self.recall["recall"]
+        wanted = known if {*names} - {*known} else names
         found: dict[str, Candidates] = {}
-        for name, sides in self.recall["recall"].items():
-            places = [self._enough(k, of_side[str(measured)]) for of_side in sides.values()]
-            if None in places:
+        for name in wanted:
+            proponents = self._enough(k, known[name]["proponents"][str(measured)])
+            if proponents is None:
                 return None
-            largest, smallest = (
-                (self.recall["candidates"][place], of_side[str(measured)][place])
-                for place, of_side in zip(places, sides.values(), strict=True)
-            )
-            found[name] = Candidates(
-                largest=largest[0], smallest=smallest[0], k=measured, recall=min(largest[1], smallest[1])
-            )
+            opponents = self._affordable(k, known[name]["opponents"][str(measured)])
+            found[name] = Candidates(k=measured, proponents=proponents, opponents=opponents)
         most = Candidates(
-            largest=max(each.largest for each in found.values()),
-            smallest=max(each.smallest for each in found.values()),
             k=measured,
-            recall=None,
+            proponents=Side(rows=max(each.proponents.rows for each in found.values()), recall=None),
+            opponents=Side(rows=max(each.opponents.rows for each in found.values()), recall=None),
         )
         return {name: found.get(name, most) for name in names}
 
-    def _enough(self, k: int, recalls: Sequence[float]) -> int | None:
-        """Place, among the numbers of candidates that were tried, of the one to take; None if there is none."""
+    def _enough(self, k: int, recalls: Sequence[float]) -> Side | None:
+        """The least number of candidates, among those that were tried, that is to be taken; None if there is none."""
         recorded = self.artifact.info.recorded
-        tried = [(place, count) for place, count in enumerate(self.recall["candidates"]) if count >= k]
-        if recorded["candidates"] != "auto":
-            return next((place for place, count in tried if count >= recorded["candidates"]), None)
-        return next((place for place, _ in tried if recalls[place] >= recorded["recall"]), None)
+        for count, recall in zip(self.recall["candidates"], recalls, strict=True):
+            wanted = (
+                recall >= recorded["recall"] if recorded["candidates"] == "auto" else count >= recorded["candidates"]
+            )
+            if count >= k and wanted:
+                return Side(rows=count, recall=recall)
+        return None
+
+    def _affordable(self, k: int, recalls: Sequence[float]) -> Side:
+        """The same, or where that is more than a share of the rows, the most below it."""
+        enough, most = self._enough(k, recalls), int(_OPPONENTS_SHARE * self.artifact.shape.num_examples)
+        if enough is not None and (enough.rows <= most or self.artifact.info.recorded["candidates"] != "auto"):
+            return enough
+        tried = [
+            Side(rows=count, recall=recall)
+            for count, recall in zip(self.recall["candidates"], recalls, strict=True)
+            if count >= k
+        ]
+        return max((side for side in tried if side.rows <= most), key=lambda side: side.rows, default=tried[0])
 
     def contributions(self, slab: Slab, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (some of the rows, C [Q, n, M] of them), exactly: of the rows, in ascending order, read one by one.
@@ -265,7 +285,7 @@ def best_rows(
 
     estimates = sketch.estimates(slab.target.set_name, np.stack([*weightings.values()]))[:, slab.first : slab.last]
     found = [
-        candidates(of_weights, counts[name].largest, counts[name].smallest)
+        candidates(of_weights, counts[name].proponents.rows, counts[name].opponents.rows)
         for name, of_weights in zip(weightings, estimates, strict=True)
     ]
     return np.unique(np.concatenate(found))

@@ -140,10 +140,10 @@ def test_what_candidates_hold_is_ranked_as_by_a_scan_of_all_rows() -> None:
                 getattr(winners[name], side).parts, getattr(exact[name], side).parts, rtol=1e-4, atol=1e-6
             )
     assert screening.queries == 6
-    assert {(each.largest, each.smallest) for each in screening.candidates.values()} == {(10, 10)}
+    assert {(each.proponents.rows, each.opponents.rows) for each in screening.candidates.values()} == {(10, 10)}
     # No less than 3 were measured 10 of.
     assert {each.k for each in screening.candidates.values()} == {10}
-    assert screening.candidates["given"].recall is not None
+    assert screening.candidates["given"].proponents.recall is not None
 
 
 def test_recall_is_the_share_of_the_best_rows_among_the_candidates() -> None:
@@ -173,8 +173,35 @@ def test_weights_learned_since_take_as_many_candidates_as_those_that_take_most()
     counts = found(store, spec).candidates_for(10, ["unweighted", "given", "later"])
 
     assert counts is not None
-    assert counts["later"].recall is None
-    assert counts["later"].largest == max(counts["unweighted"].largest, counts["given"].largest)
+    assert counts["later"].proponents.recall is None
+    assert counts["later"].proponents.rows == max(counts["unweighted"].proponents.rows, counts["given"].proponents.rows)
+
+
+def test_opponents_take_as_many_candidates_as_they_need_or_as_a_share_of_the_rows_allows() -> None:
+    store, spec = made(sketch={"rank": 2, "recall": 0.3})
+    opened = found(store, spec)
+    counts = opened.candidates_for(1, ["unweighted"])
+    measured = opened.recall["recall"]["unweighted"]["opponents"]["1"]
+    tried = dict(zip(opened.recall["candidates"], measured, strict=True))
+    affordable = [rows for rows in tried if rows <= 200 / 25] or [min(tried)]
+
+    assert counts is not None
+    opponents = counts["unweighted"].opponents
+    assert opponents.recall == tried[opponents.rows]
+    enough = [rows for rows, recall in tried.items() if recall >= 0.3]
+    assert opponents.rows == (enough[0] if enough and enough[0] <= max(affordable) else max(affordable))
+
+
+def test_weightings_that_are_not_asked_for_need_no_candidates() -> None:
+    store, spec = made(sketch={"rank": 2})
+    opened = found(store, spec)
+    known = opened.recall["recall"]
+    hopeless = {**known["given"], "proponents": {k: [0.0] * len(of) for k, of in known["given"]["proponents"].items()}}
+    # A recall that no number of candidates reaches, in what this sketch has read.
+    opened.__dict__["recall"] = {**opened.recall, "recall": {**known, "given": hopeless}}
+
+    assert opened.candidates_for(1, ["unweighted"]) is not None
+    assert opened.candidates_for(1, ["unweighted", "given"]) is None
 
 
 def test_more_rows_than_recall_was_measured_of_and_too_many_candidates_are_left_to_a_scan() -> None:

@@ -13,6 +13,7 @@ from gradstore.stages.query.answer import Answer, By, Ranking, Winner
 from gradstore.stages.query.screened import Screening
 from gradstore.stages.query.session import Session
 from gradstore.stages.report.formatting import Scale, one_line, ranking_title
+from gradstore.stages.sketches import Side
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -113,8 +114,12 @@ def render_answers(answers: Sequence[Answer], by: By) -> list[RenderableType]:
 
 def _found_by(screening: Screening) -> str:
     """Tell how sure the candidates are."""
+
+    def share(side: Side) -> str:
+        return "not measured" if side.recall is None else f"{side.recall:.2f}"
+
     told = [
-        f"{name} " + ("not measured" if found.recall is None else f"recall@{found.k} {found.recall:.2f}")
+        f"{name} recall@{found.k} {share(found.proponents)} (opponents {share(found.opponents)})"
         for name, found in screening.candidates.items()
     ]
     return f"found through the sketch: {', '.join(told)} on {screening.queries} learn queries; --exact scores every row"
