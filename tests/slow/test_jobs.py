@@ -133,12 +133,13 @@ def test_a_job_that_is_cancelled_stops_and_goes_on_when_resumed(
     assert results(spec) == expected
 
 
-def test_workers_that_die_in_every_stage_also_with_the_driver_change_no_bit(
-    spec: RunSpec, expected: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_that_end_in_every_stage_also_with_the_driver_change_no_bit(
+    spec: RunSpec, expected: dict[str, bytes], tmp_path: Path, how: signal.Signals
 ) -> None:
     with SeparateCluster(tmp_path / "cluster", 2, ENVIRONMENT) as cluster:
         job = submit(spec, "--scheduler", cluster.address)["id"]
-        with restless(cluster, random.Random(5), 8, lambda: committed(spec)) as killed:
+        with restless(cluster, random.Random(5), 8, lambda: committed(spec), how) as killed:
             found = ask("show", spec, job, "--wait")
         assert killed() > 2
     assert found["state"] == "done"

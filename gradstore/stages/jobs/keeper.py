@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from gradstore.errors import TaskError
-from gradstore.stages.jobs.report import myself, now
+from gradstore.stages.jobs.report import Report, myself, now
 from gradstore.store.backend import open_storage
 from gradstore.store.jobs import Jobs
 
@@ -45,13 +45,18 @@ def keep(store_url: str, job: str, number: int) -> None:
     secede()
     jobs = Jobs(open_storage(store_url, copies=False))
     sight = jobs.sight(job)
-    if sight.begun is not None and not (sight.ended or sight.cancelled) and sight.attempt == number:
-        # This task has run before, and its worker died with the process.
-        attempt = replace(jobs.attempt(job, number), number=number + 1, by=myself(), at=now())
-        jobs.start(job, attempt)
-        send(get_client(), store_url, (job, number + 1))
-    elif sight.attempt == number and not (sight.ended or sight.cancelled):
+    if sight.ended or sight.cancelled:
+        return
+    if sight.attempt == number and sight.begun is None:
         _keep_process(jobs, job, number, get_worker().scheduler.address)
+        return
+    if sight.attempt == number:
+        # This task has run before, and its worker died with the process.
+        jobs.start(job, replace(jobs.attempt(job, number), number=number + 1, by=myself(), at=now()))
+    elif sight.attempt > number + 1 or sight.begun is not None:
+        return
+    # Also where a worker died between the two: sent again, it is the same task.
+    send(get_client(), store_url, (job, number + 1))
 
 
 def _keep_process(jobs: Jobs, job: str, number: int, scheduler: str) -> None:
@@ -67,5 +72,4 @@ def _keep_process(jobs: Jobs, job: str, number: int, scheduler: str) -> None:
             "resume` goes on from there."
         )
         told = {"message": str(error), "traceback": said[-_MOST_TOLD:]}
-        ending = {"state": "failed", "exit_code": error.exit_code, "at": now(), "error": told}
-        jobs.end(job, number, {**ending, "seconds": 0.0, "stages": [], "counts": {}})
+        Report(jobs, job, number).end("failed", error.exit_code, told)

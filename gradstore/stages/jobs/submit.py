@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from gradstore.cluster import Engine
 from gradstore.errors import ContractError, SpecError, TaskError
 from gradstore.spec import RunSpec, content_hash
 from gradstore.stages.jobs.keeper import send
-from gradstore.stages.jobs.report import myself, now
+from gradstore.stages.jobs.report import Report, myself, now
 from gradstore.stages.jobs.states import ALIVE, state_of
 from gradstore.stages.run import stages_of
 from gradstore.store.backend import open_storage
@@ -144,9 +144,7 @@ def _begin(
     try:
         launch(job, number)
     except TaskError as error:
-        told = {"message": str(error), "traceback": ""}
-        ending: Mapping[str, Any] = {"state": "failed", "exit_code": error.exit_code, "at": now(), "error": told}
-        jobs.end(job, number, {**ending, "seconds": 0.0, "stages": [], "counts": {}})
+        Report(jobs, job, number).end("failed", error.exit_code, {"message": str(error), "traceback": ""})
         raise
     return _answer(jobs, job, "queued", began=True)
 
