@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -16,10 +17,11 @@ import pytest
 from distributed import Client
 
 from gradstore.spec import RunSpec
+from gradstore.stages.certificates import certificates
 from gradstore.store.backend import open_storage
 from gradstore.store.features import FeatureStore
 from gradstore.store.jobs import Jobs
-from tests.clusters import SeparateCluster, restless
+from tests.clusters import SeparateCluster, restless, with_certificates
 from tests.runs import command, gradstore
 from tests.synthetic import make
 
@@ -213,6 +215,25 @@ def test_nobody_keeps_a_scheduler_busy_once_a_job_is_done(cluster: SeparateClust
             time.sleep(0.1)
     assert Jobs(open_storage(spec.run.store)).sight(job).ended
     assert FeatureStore.open(spec.run.store).open_set("train").missing_blocks() == []
+
+
+def test_a_driver_shows_the_certificate_of_its_worker_where_there_is_no_clients(spec: RunSpec, tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    certificates(mine)
+    shutil.copytree(mine, theirs, ignore=shutil.ignore_patterns("client*.pem"))
+    settings = theirs / "dask.yaml"
+    settings.write_text(settings.read_text().replace(str(mine), str(theirs)))
+    with with_certificates(mine):
+        cluster = SeparateCluster(tmp_path / "cluster", 1, {**ENVIRONMENT, "DASK_CONFIG": str(settings)}).__enter__()
+    try:
+        line = ("submit", run_of(spec), "--scheduler", cluster.address, "--json")
+        done = gradstore(*line, env={"DASK_CONFIG": str(mine / "dask.yaml")})
+        assert done.returncode == 0, done.stderr
+        job = json.loads(done.stdout)["id"]
+        # No certificate is needed to see how it goes.
+        assert ask("show", spec, job, "--wait")["cluster"]["address"].startswith("tls://")
+    finally:
+        cluster.__exit__()
 
 
 def test_options_before_a_command_have_its_stages_logged_and_counted(spec: RunSpec, tmp_path: Path) -> None:
