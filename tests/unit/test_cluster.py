@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +192,16 @@ def test_kubernetes_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytes
     section = batch("kubernetes", options={"manifest": manifest(tmp_path)})
     with Engine(section) as engine, pytest.raises(TaskError, match="Kubernetes did not make DaskCluster small"):
         assert engine.client is None
+
+
+def test_what_asks_slurm_for_workers_leaves_ctrl_c_to_the_command() -> None:
+    script = (
+        "import signal; from gradstore.cluster.kinds import slurm; from gradstore.spec import ClusterSection; "
+        "section = ClusterSection(kind='slurm', workers=1, memory_per_worker='1GiB'); "
+        "slurm._cluster(section, slurm.SlurmOptions(interface='lo')).close(); "
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 0, done.stderr

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -115,8 +117,11 @@ def on_slurm(section: ClusterSection, stack: ExitStack) -> Client:
 
 
 def _cluster(section: ClusterSection, options: SlurmOptions) -> SLURMCluster:
+    handler = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 
+    # Its import has Ctrl-C end the process, which is this command's to hear.
+    signal.signal(signal.SIGINT, handler)
     arguments = ["--no-dashboard"]
     directives = list(options.directives or [])
     if options.gpus:
@@ -168,14 +173,12 @@ def _security() -> Security:
 
 def _sbatch() -> str:
     """Path of the program that submits jobs; refuses where it or a package is missing."""
-    try:
-        import cryptography  # noqa: F401 - asked for whether it is there
-        import dask_jobqueue  # noqa: F401
-    except ImportError as error:
-        raise ResourceError(
-            f'cluster.kind: "slurm" needs the package {error.name}, which is not installed. '
-            "pip install 'gradstore[slurm]'"
-        ) from error
+    for package in ("cryptography", "dask_jobqueue"):
+        if find_spec(package) is None:
+            raise ResourceError(
+                f'cluster.kind: "slurm" needs the package {package}, which is not installed. '
+                "pip install 'gradstore[slurm]'"
+            )
     if (found := shutil.which("sbatch")) is None:
         raise ResourceError(
             'cluster.kind: "slurm" needs the program sbatch, which is not on this machine. Run the command where jobs are '
