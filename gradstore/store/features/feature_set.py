@@ -274,10 +274,8 @@ class FeatureSet:
 
     def invalid_blocks(self) -> list[int]:
         """Committed blocks in which some row is not valid: its features are NaN."""
-        committed = self.log.committed()
-        return [
-            block for block, record in committed.items() if record.facts["nan_rows"] and block < self.info.num_blocks
-        ]
+        facts = self.log.facts()
+        return [block for block, told in facts.items() if told["nan_rows"] and block < self.info.num_blocks]
 
     def valid_rows(self) -> npt.NDArray[np.bool_]:
         """Which rows [rows] are of a valid example, in a set of which every block is committed; those of gaps are not."""
