@@ -34,7 +34,7 @@ def test_a_query_is_answered_through_the_sketch_and_says_so_and_exactly_where_it
         (answers[options],) = json.loads(asked.stdout)["answers"]
     told = gradstore("query", store.storage.url, "--index", "eval:1", "--k", "1")
 
-    assert answers[()]["sketch"]["candidates"]["unweighted"]["largest"] == 20
+    assert answers[()]["sketch"]["candidates"]["unweighted"]["proponents"]["rows"] == 20
     assert answers[("--exact",)]["sketch"] is None
     assert "on 5 learn queries" in " ".join(told.stdout.split())
     best = int(stored_c(store, "eval", spec.kernel.name).mean(2)[1].argmax())
