@@ -66,7 +66,7 @@ class Services:
         return S3Server(endpoint=self._here("http://storage:8333"), bucket="gradstore", env=env)
 
     def _here(self, word: str) -> str:
-        word = re.sub(r"/(certificates|work|data)\b", lambda found: str(self.folder / found[1]), word)
+        word = re.sub(r"/(certificates|runs|data)\b", lambda found: str(self.folder / found[1]), word)
         word = word.replace("/run/secrets/", f"{self.folder}/").replace("0.0.0.0", "127.0.0.1")
         word = re.sub(r"(?<=://)(storage|scheduler)|(?<==)storage", "127.0.0.1", word)
         return re.sub(r"\b(8333|8786|8787)\b", lambda found: self._ports[found[1]], word)
