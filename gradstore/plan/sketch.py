@@ -9,7 +9,6 @@ from gradstore.errors import ResourceError
 from gradstore.plan.memory import PROCESS_BYTES
 from gradstore.plan.sizes import gigabytes
 from gradstore.spec import RunSpec
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import SetInfo
 
 # Rows of the sample: some for each direction, and so many at least.
@@ -43,8 +42,7 @@ def sketch_rank(spec: RunSpec, info: SetInfo, features: int) -> int:
     most = sample_rows(info.num_examples, info.num_examples)
     if spec.sketch.rank != "auto":
         return min(spec.sketch.rank, most)
-    stored = info.num_examples * len(info.members) * sum(array.features for array in info.arrays)
-    room = spec.sketch.share * DTYPES[info.dtype].item_bytes * stored
+    room = spec.sketch.share * info.num_examples * len(info.members) * info.row_bytes
     fitting = int(room / (info.num_examples + _BASIS_ITEM * features))
     least, largest = _RANKS
     return min(max(fitting, least), largest, most)

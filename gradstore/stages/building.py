@@ -23,7 +23,6 @@ from gradstore.stages.contributions import Contributions, Piece, StoredContribut
 from gradstore.store.alignment import aligned
 from gradstore.store.artifacts import ContributionShape, QueryRounding
 from gradstore.store.codecs import plain
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureStore
 from gradstore.store.read_ahead import read_ahead
 
@@ -112,8 +111,7 @@ class BuiltContributions:
     def read_bytes(self) -> int:
         """See `Contributions`: the features, as often as they are passed over."""
         train = self.store.open_set("train").info
-        a_row = DTYPES[train.dtype].item_bytes * sum(array.features for array in train.arrays)
-        return len(self.slabs) * a_row * train.num_examples * len(train.members)
+        return len(self.slabs) * train.row_bytes * train.num_examples * len(train.members)
 
     def valid_rows(self) -> np.ndarray:
         """See `Contributions`."""

@@ -203,7 +203,7 @@ class ScoreMatrix:
             yield (rows_N, s_QN) if valid_N is None else (rows_N[valid_N], s_QN[:, valid_N])
 
 
-def valid_queries(store: FeatureStore, set_name: str) -> np.ndarray:
+def valid_rows_of(store: FeatureStore, set_name: str) -> np.ndarray:
     """Numbers of the queries that are valid in every member: others have scores of zero, and are judged by nothing."""
     members = store.open_set(set_name).info.members
     valid = [store.open_set(set_name, member).valid_rows() for member in members]

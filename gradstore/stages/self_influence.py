@@ -27,7 +27,6 @@ from gradstore.stages.progress import Progress
 from gradstore.stages.reading import full_rows, full_width
 from gradstore.stages.spectra import kernel_settings, open_spectra, read_spectrum
 from gradstore.store.artifacts import SelfInfluenceArtifact, SelfInfluenceShape
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import BlockReader, FeatureSet, FeatureStore, Piece
 
 if TYPE_CHECKING:
@@ -52,8 +51,9 @@ def self_influence(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         total += len(artifacts) * train.info.num_examples * len(train.info.arrays)
         tasks += _tasks(spec, store, member, artifacts)
     left = sum(task.rows for task in tasks)
-    item = DTYPES[train.info.dtype].item_bytes * sum(array.features for array in train.info.arrays)
-    read_bytes = item * train.info.num_examples * len(train.info.members) if _reads_features(spec) else 0
+    read_bytes = (
+        train.info.row_bytes * train.info.num_examples * len(train.info.members) if _reads_features(spec) else 0
+    )
     label = f"self-influence {spec.kernel.name}"
     with progress.stage(label, total if tasks else 0, "values", total - left, read_bytes) as advance:
         for task, _ in engine.run(tasks):

@@ -18,10 +18,10 @@ from gradstore.errors import ContractError, DataError, NotReadyError, SpecError
 from gradstore.stages.contribute import contribute
 from gradstore.stages.delete import Query, delete
 from gradstore.stages.kernel import build_kernel
+from gradstore.stages.known_kernels import Settings, query_spec
 from gradstore.stages.progress import Progress
 from gradstore.stages.query import Answer, Ranking, Session, Winner
 from gradstore.stages.query.answer import Group
-from gradstore.stages.query.kernels import Settings, query_spec
 from gradstore.stages.query.stage import Asked, query, render_answers
 from gradstore.stages.report.formatting import MINUS
 from gradstore.store.features import FeatureStore

@@ -25,8 +25,8 @@ from gradstore.plan.sketch import ladder, sketch_rank
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.queries import Slab, Target
 from gradstore.stages.progress import Progress
-from gradstore.stages.query.rank import Ranker, rank
 from gradstore.stages.query.screened import rank_candidates
+from gradstore.stages.ranking import Ranker, rank
 from gradstore.stages.sketch import sketch
 from gradstore.stages.sketches import Sketch
 from gradstore.store.artifacts import SketchArtifact, remove_artifact

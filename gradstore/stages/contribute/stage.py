@@ -32,7 +32,6 @@ from gradstore.stages.contribute.scales import query_scales
 from gradstore.stages.contribute.span import Work, contribute_span, slabs_of
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import ContributionArtifact, MomentsArtifact, ScoreMatrixArtifact, span_edges
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureStore
 
 # What to lower where a worker has too little memory for a task.
@@ -230,5 +229,4 @@ def _lacking(spec: RunSpec, store: FeatureStore, target: Target) -> tuple[set[in
 def _feature_bytes(spec: RunSpec, store: FeatureStore) -> int:
     """Bytes of all features that are read."""
     info = store.open_set("train").info
-    a_row = DTYPES[info.dtype].item_bytes * sum(array.features for array in info.arrays)
-    return a_row * info.num_examples * len(spec.model.etas)
+    return info.row_bytes * info.num_examples * len(spec.model.etas)

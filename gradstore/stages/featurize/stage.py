@@ -203,7 +203,7 @@ def _write_missing_blocks(spec: RunSpec, engine: Engine, progress: Progress, fea
     run = spec.model_dump()
     tasks = [_task(run, feature_set, label, blocks) for blocks in block_tasks(missing, spec.cluster.num_workers)]
     done = info.num_examples - sum(task.rows for task in tasks)
-    size = info.num_examples * sum(array.features for array in info.arrays) * DTYPES[info.dtype].item_bytes
+    size = info.num_examples * info.row_bytes
     saturated = 0
     with progress.stage(f"featurize {label}", info.num_examples, "rows", done, size) as advance:
         for task, lost in engine.run(tasks):

@@ -10,9 +10,9 @@ import numpy as np
 
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.stages.building import BuiltContributions
-from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix, StoredContributions, valid_queries
+from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix, StoredContributions, valid_rows_of
+from gradstore.stages.known_kernels import choose_kernel, query_spec
 from gradstore.stages.progress import Progress
-from gradstore.stages.query.kernels import choose_kernel, query_spec
 from gradstore.stages.spectra import require_current
 from gradstore.stages.weights import ranking_name, read_weights
 from gradstore.store.artifacts import ContributionArtifact, SelfInfluenceArtifact, list_artifacts
@@ -155,7 +155,7 @@ def _counted(store: FeatureStore, query: str | None) -> np.ndarray:
     """Which eval queries count, bool [Q]: the valid ones, or the one of an id."""
     evaluated = store.open_set(_QUERIES)
     valid_Q = np.zeros(evaluated.info.rows, bool)
-    valid_Q[valid_queries(store, _QUERIES)] = True
+    valid_Q[valid_rows_of(store, _QUERIES)] = True
     if query is None:
         return valid_Q
     named_Q = np.array([example == query for example in evaluated.read_column("example_id")])

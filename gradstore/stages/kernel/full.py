@@ -28,7 +28,6 @@ from gradstore.stages.kernel.sums import (
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import full_width, members_of
 from gradstore.store.artifacts import FullKernelArtifact, FullKernelShape, PartialsArtifact, remove_partials
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureSet, FeatureStore
 
 # What is lost of C by rounding is told where it is more than this.
@@ -79,8 +78,7 @@ def _run(build: _Build, engine: Engine, progress: Progress) -> None:
 
 def _feature_bytes(train: FeatureSet, member: str) -> int:
     """Bytes of the features that the kernel is built from."""
-    a_row = DTYPES[train.info.dtype].item_bytes * sum(array.features for array in train.info.arrays)
-    return len(members_of(train, member)) * train.info.num_examples * a_row
+    return len(members_of(train, member)) * train.info.num_examples * train.info.row_bytes
 
 
 def _tell_rounding(build: _Build, progress: Progress) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gradstore.errors import DataError, SpecError
 from gradstore.spec import RunSpec, content_hash
-from gradstore.stages.contributions import valid_queries
+from gradstore.stages.contributions import valid_rows_of
 from gradstore.store.features import FeatureStore
 
 _COLUMNS: Final = ("query", "example")
@@ -78,7 +78,7 @@ def find_positives(spec: RunSpec, store: FeatureStore, set_name: str) -> list[np
     queries, examples = _rows(store, set_name), _rows(store, "train")
     members = store.open_set("train").info.members
     valid_N = np.logical_and.reduce([store.open_set("train", member).valid_rows() for member in members])
-    valid = {"query": {*valid_queries(store, set_name).tolist()}, "example": {*np.flatnonzero(valid_N).tolist()}}
+    valid = {"query": {*valid_rows_of(store, set_name).tolist()}, "example": {*np.flatnonzero(valid_N).tolist()}}
     found: list[set[int]] = [set() for _ in range(store.open_set(set_name).info.rows)]
     for pair in read_pairs(path):
         if pair.query not in queries and pair.query in elsewhere:

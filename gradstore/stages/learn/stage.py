@@ -14,7 +14,7 @@ from gradstore.errors import ContractError, DataError, SpecError
 from gradstore.plan.sizes import learner_tile
 from gradstore.spec import RunSpec, key_of
 from gradstore.stages.building import open_contributions
-from gradstore.stages.contributions import Reads, valid_queries
+from gradstore.stages.contributions import Reads, valid_rows_of
 from gradstore.stages.learn.choice import Choice, choose, hold_out
 from gradstore.stages.learn.methods import Problem, moments_of, solve
 from gradstore.stages.learn.pairs import find_positives
@@ -93,7 +93,7 @@ def _learn(spec: RunSpec, store: FeatureStore, target: tuple[str, str], progress
 
 def _valid_queries(store: FeatureStore, set_name: str) -> np.ndarray:
     """Numbers of the queries of a set that are valid, of which there is one at least."""
-    valid = valid_queries(store, set_name)
+    valid = valid_rows_of(store, set_name)
     if not len(valid):
         raise DataError(
             f"{store.storage.url}/features/{set_name}: no query has valid features, so that there is nothing to learn from. See "

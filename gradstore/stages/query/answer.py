@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from gradstore.numerics.scores import Ranked
-from gradstore.stages.query.rank import Winners
 from gradstore.stages.query.screened import Screening
+from gradstore.stages.ranking import Winners
 from gradstore.store.features import FeatureSet
 
 By = Literal["group", "depth", "function"]

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from gradstore.numerics.scores import Ranking
 from gradstore.stages.contribute.queries import Slab
-from gradstore.stages.query.rank import Ranker, Winners
+from gradstore.stages.ranking import Ranker, Winners
 from gradstore.stages.sketches import Candidates, Sketch, best_rows
 
 # Of more of the rows than this share, reading all is no slower.

@@ -15,12 +15,12 @@ from gradstore.plan.resolve import make_adapter
 from gradstore.plan.self_influence import needs_self_influence
 from gradstore.stages.contribute.queries import Slab, Target
 from gradstore.stages.contribute.rows import prepare_rows, score_transform
+from gradstore.stages.known_kernels import choose_kernel, query_spec, weights_for
 from gradstore.stages.progress import Progress
 from gradstore.stages.query.answer import Answer, Group, rankings_of
 from gradstore.stages.query.asked import Place, copy_row, featurize_examples, precondition, refuse_other_model
-from gradstore.stages.query.kernels import choose_kernel, query_spec, weights_for
-from gradstore.stages.query.rank import Ranker, Winners, rank
 from gradstore.stages.query.screened import Screening, rank_candidates
+from gradstore.stages.ranking import Ranker, Winners, rank
 from gradstore.stages.reading import full_width
 from gradstore.stages.sketches import Sketch
 from gradstore.stages.weights import UNWEIGHTED, read_weights

@@ -27,7 +27,6 @@ from gradstore.stages.report.page import render_page
 from gradstore.stages.status import status
 from gradstore.stages.weights import UNWEIGHTED, read_weights
 from gradstore.store.artifacts import ScoresArtifact
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureSet, FeatureStore
 
 # What is shown in the place of an example that was erased since it was ranked.
@@ -204,7 +203,7 @@ def _feature_bytes(store: FeatureStore) -> int:
     total = 0
     for name in store.set_names():
         info = store.open_set(name).info
-        total += info.num_examples * sum(array.features for array in info.arrays) * DTYPES[info.dtype].item_bytes
+        total += info.num_examples * info.row_bytes
     return total
 
 

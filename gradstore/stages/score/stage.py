@@ -11,7 +11,7 @@ import pyarrow as pa
 from gradstore.cluster import Engine
 from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
-from gradstore.stages.contributions import StoredContributions, valid_queries
+from gradstore.stages.contributions import StoredContributions, valid_rows_of
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import bm25, random_rows
 from gradstore.stages.score.matrices import write_matrices
@@ -58,7 +58,7 @@ def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progres
     artifacts = {method: artifact for method, artifact in artifacts.items() if not artifact.is_complete()}
     if not artifacts:
         return
-    valid = source.valid_rows(), valid_queries(store, "eval")
+    valid = source.valid_rows(), valid_rows_of(store, "eval")
     keep = min(max(spec.score.k, PRECISION_K), len(valid[0]))
     ranks = source.rank([*artifacts], keep, progress)
     ranks |= _rank_by_baselines(spec, [*artifacts], (train, valid[0]), queries, keep)

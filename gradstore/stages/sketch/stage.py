@@ -17,7 +17,6 @@ from gradstore.stages.sketch.rows import sketch_blocks
 from gradstore.stages.sketches import sketch_settings
 from gradstore.stages.spectra import open_spectra
 from gradstore.store.artifacts import QueryArtifact, SketchArtifact, SketchShape
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureStore
 
 _LOWER = ("sketch.rank", "features.block_rows")
@@ -87,7 +86,7 @@ def _create(spec: RunSpec, store: FeatureStore, progress: Progress) -> SketchArt
     else:
         rank = sketch_rank(spec, info, features)
     refuse_large_sketch(spec, rank, tuple(widths.values()), len(members), sample_rows(rank, info.num_examples))
-    stored = DTYPES[info.dtype].item_bytes * info.num_examples * len(members) * sum(a.features for a in info.arrays)
+    stored = info.num_examples * len(members) * info.row_bytes
     taken = sketch_bytes(rank, info.rows, features)
     progress.note(
         f"sketch {spec.kernel.name}: {rank} numbers a row, {gigabytes(taken)}, {taken / stored:.1%} of the features"

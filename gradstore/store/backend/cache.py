@@ -15,6 +15,7 @@ from typing import Final
 from uuid import uuid4
 
 from gradstore.errors import SpecError
+from gradstore.store.backend.directory import fill
 from gradstore.store.backend.protocol import ObjectInfo, Part, Range, Storage, is_document
 
 DEFAULT_LIMIT_BYTES: Final = 10 * 10**9
@@ -84,7 +85,7 @@ class CachedStorage:
         with suppress(OSError), copy.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             # One that does not fit is torn, or the object was replaced by a smaller one.
-            if size <= len(buffer) and _read_whole(file.fileno(), buffer[:size]):
+            if size <= len(buffer) and fill(file.fileno(), buffer[:size]) == size:
                 os.utime(file.fileno())
                 return size
         size = self._storage.read_into(path, buffer)
@@ -95,7 +96,7 @@ class CachedStorage:
         """See `Storage.read_ranges`: of a copy if there is one. Ranges are not kept."""
         copy = self._copy(path)
         with suppress(OSError), copy.open("rb", buffering=0) as file:
-            if all(_read_whole(file.fileno(), buffer, start) for start, buffer in ranges):
+            if all(fill(file.fileno(), buffer, start) == len(buffer) for start, buffer in ranges):
                 os.utime(file.fileno())
                 return
         self._storage.read_ranges(path, ranges)
@@ -218,10 +219,3 @@ def _size(text: str) -> int:
         raise SpecError(f"GRADSTORE_CACHE_BYTES: found {text!r}; accepted: a size such as 50GB, 500MB or 20GiB.")
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
-
-
-def _read_whole(descriptor: int, buffer: memoryview, start: int = 0) -> bool:
-    done = 0
-    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
-        done += count
-    return done == len(buffer)

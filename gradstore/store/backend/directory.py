@@ -81,10 +81,7 @@ class DirectoryStorage:
             size = os.fstat(descriptor).st_size
             if size > len(buffer):
                 raise IntegrityError(f"{self.url}/{path}: has {size} bytes; at most {len(buffer)} belong there.")
-            done = 0
-            while done < size and (count := os.readv(descriptor, [buffer[done:size]])):
-                done += count
-            return done
+            return fill(descriptor, buffer[:size])
 
     def read_ranges(self, path: str, ranges: Sequence[Range]) -> None:
         """See `Storage.read_ranges`."""
@@ -94,9 +91,7 @@ class DirectoryStorage:
                 for start, buffer in ranges:
                     os.posix_fadvise(descriptor, start, len(buffer), os.POSIX_FADV_WILLNEED)
             for start, buffer in ranges:
-                done = 0
-                while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
-                    done += count
+                done = fill(descriptor, buffer, start)
                 if done < len(buffer):
                     raise ends_early(f"{self.url}/{path}", start + done, start + len(buffer))
 
@@ -294,3 +289,11 @@ def _info(path: str, entry: os.DirEntry[str]) -> ObjectInfo | None:
     except FileNotFoundError:
         return None
     return ObjectInfo(path=path, bytes=status.st_size, modified=status.st_mtime)
+
+
+def fill(descriptor: int, buffer: memoryview, start: int = 0) -> int:
+    """Read a file from ``start`` on until the buffer is full or the file ends; return how many bytes were read."""
+    done = 0
+    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], start + done)):
+        done += count
+    return done

@@ -159,6 +159,11 @@ class SetInfo(RowBlocks):
             raise SpecError(f"{where}: found {scale}; accepted for {self.dtype}: {accepted}.")
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's features as they are stored, of one member."""
+        return DTYPES[self.dtype].item_bytes * sum(array.features for array in self.arrays)
+
+    @property
     def folder(self) -> str:
         """Folder of the set in the store."""
         return set_folder(self.name)

@@ -14,7 +14,6 @@ from gradstore.stages.contribute.blocks import BlockBuilder, MakeReader
 from gradstore.stages.contribute.queries import Slab
 from gradstore.stages.progress import Progress
 from gradstore.store.alignment import aligned
-from gradstore.store.dtypes import DTYPES
 from gradstore.store.features import FeatureStore
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def rank(ranker: Ranker, slab: Slab, keep: int) -> dict[str, Winners]:
         for name in ranker.weightings
     }
     info = builder.info
-    a_row = sum(array.features for array in info.arrays) * DTYPES[info.dtype].item_bytes * len(info.members)
+    a_row = info.row_bytes * len(info.members)
     with ranker.progress.stage("query", info.num_examples, "rows", total_bytes=a_row * info.num_examples) as advance:
         for rows, rows_N, c_QNM in _valid(ranker, builder):
             for name, ranking in rankings.items():
