@@ -51,7 +51,25 @@ def test_a_scheduler_must_not_be_open_to_a_network() -> None:
         Engine(section)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8786", "localhost", "http://127.0.0.1:8787", "inproc://1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:8786",
+        "localhost",
+        "http://127.0.0.1:8787",
+        "inproc://1",
+        "tcp://",
+        "tcp://127.0.0.1",
+        "tls://:8786",
+        "tcp://127.0.0.1:0",
+        "tcp://127.0.0.1:99999",
+        "tcp://127.0.0.1:port",
+        "tcp://[::1:8786",
+        "tcp://[::1]",
+        "tls://host:8786/status",
+        "tls://ho st:8786",
+    ],
+)
 def test_an_address_that_no_scheduler_has_is_refused(address: str) -> None:
     with pytest.raises(SpecError, match=r"cluster\.address: found .*; accepted: tls://HOST:PORT"):
         Engine(ClusterSection(kind="scheduler", address=address))
@@ -117,6 +135,21 @@ def test_slurm_without_its_programs_is_refused(monkeypatch: pytest.MonkeyPatch) 
         assert engine.client is None
 
 
+def test_slurm_with_certificates_that_are_not_there_blames_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    declared = dict.fromkeys(("ca-file", "scheduler.key", "scheduler.cert"), str(tmp_path / "none.pem"))
+    missing = {f"distributed.comm.tls.{key}": path for key, path in declared.items()}
+    with dask.config.set(missing), Engine(batch("slurm")) as engine, pytest.raises(SpecError) as found:
+        assert engine.client is None
+    assert "Dask's TLS settings name a file for the scheduler that is started for Slurm that is not there" in str(
+        found.value
+    )
+
+
 def test_settings_for_workers_elsewhere_reach_them_as_variables() -> None:
     found = dask.config.collect_env(variables())
     memory = found["distributed"]["worker"]["memory"]
@@ -126,22 +159,22 @@ def test_settings_for_workers_elsewhere_reach_them_as_variables() -> None:
     assert variables()["OMP_NUM_THREADS"] == "1"
 
 
-def manifest(folder: Path, text: str = "") -> str:
-    """A file with what the operator needs to see, behind another resource."""
-    path = folder / "cluster.yaml"
-    path.write_text(
-        text
-        or """
+# What the operator needs to see, behind another resource.
+OF_OPERATOR = """
 kind: Secret
 ---
 apiVersion: kubernetes.dask.org/v1
 kind: DaskCluster
 metadata: {name: small}
 spec:
-  worker: {replicas: 1, spec: {containers: [{name: worker, resources: {limits: {memory: 1Gi, nvidia.com/gpu: "1"}}}]}}
+  worker: {replicas: 1, spec: {containers: [{name: worker, resources: RESOURCES}]}}
   scheduler: {spec: {containers: [{name: scheduler}]}, service: {}}
 """
-    )
+
+
+def manifest(folder: Path, text: str = "", resources: str = '{limits: {memory: 1Gi, nvidia.com/gpu: "1"}}') -> str:
+    path = folder / "cluster.yaml"
+    path.write_text(text or OF_OPERATOR.replace("RESOURCES", resources))
     return str(path)
 
 
@@ -153,6 +186,13 @@ def test_a_dask_cluster_has_the_workers_and_the_memory_of_the_run(tmp_path: Path
         "limits": {"memory": str(2 * 2**30), "nvidia.com/gpu": "1"},
         "requests": {"memory": str(2 * 2**30)},
     }
+
+
+@pytest.mark.parametrize("resources", ["", "{limits: , requests: {}}"])
+def test_what_a_manifest_leaves_empty_is_filled(tmp_path: Path, resources: str) -> None:
+    worker = sized(read_manifest(manifest(tmp_path, resources=resources)), batch("kubernetes"))["spec"]["worker"]
+    memory = {"memory": str(2 * 2**30)}
+    assert worker["spec"]["containers"][0]["resources"] == {"limits": memory, "requests": memory}
 
 
 def test_a_dask_cluster_that_scales_begins_with_the_least(tmp_path: Path) -> None:
@@ -174,8 +214,9 @@ def test_workers_come_with_work_and_go_when_all_is_done(target: int, now: int, i
     ("text", "message"),
     [
         ("kind: Deployment", "has no resource of kind"),
-        ("kind: DaskCluster", "has no metadata.name or no"),
-        ("kind: DaskCluster\nspec: [1]", "has no metadata.name or no"),
+        ("kind: DaskCluster", "has no metadata.name"),
+        ("kind: DaskCluster\nspec: [1]", "has no metadata.name"),
+        (OF_OPERATOR.replace("RESOURCES", "{limits: [1]}"), "that are no tables"),
         ("a: [", "is not readable as YAML"),
         ("[" * 1100, "is not readable as YAML"),
         ("a: !!python/object/apply:os.system [ls]", "is not readable as YAML"),
@@ -198,7 +239,7 @@ def test_what_asks_slurm_for_workers_leaves_ctrl_c_to_the_command() -> None:
     script = (
         "import signal; from gradstore.cluster.kinds import slurm; from gradstore.spec import ClusterSection; "
         "section = ClusterSection(kind='slurm', workers=1, memory_per_worker='1GiB'); "
-        "slurm._cluster(section, slurm.SlurmOptions(interface='lo')).close(); "
+        "slurm._cluster(section, slurm.SlurmOptions(interface='lo'), slurm._security()).close(); "
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )
 

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import kr8s
 import pytest
 
 from gradstore.cluster.kinds.kubernetes import _create
@@ -56,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    # One that failed to find credentials may be kept until it is collected.
+    kr8s.Api._instances.clear()
     with Api() as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from gradstore.errors import SpecError
 
@@ -16,20 +16,31 @@ def refuse_address(key: str, address: str) -> None:
     Raises
     ------
     SpecError
-        If it is neither on this machine nor encrypted.
+        If it is no address with a host and a port, or neither on this machine nor encrypted.
     """
-    scheme = urlparse(address).scheme
-    if scheme not in SCHEMES:
+    scheme, host = _parsed(address)
+    if scheme not in SCHEMES or not host:
         raise SpecError(f"{key}: found {address!r}; accepted: tls://HOST:PORT, or on this machine tcp://HOST:PORT.")
-    if scheme != "tls" and not _is_loopback(address):
+    if scheme != "tls" and not _is_loopback(host):
         raise SpecError(
             f"{key}: {address} is not on this machine and not encrypted: anyone on its network could run code there. Use "
             "tls:// with the files that `gradstore certificates` makes, and DASK_CONFIG set to their dask.yaml."
         )
 
 
-def _is_loopback(address: str) -> bool:
-    host = urlparse(address).hostname or ""
+def _parsed(address: str) -> tuple[str, str]:
+    """Scheme and host; no host where the address is more than these and a port, or has no port."""
+    try:
+        parts = urlsplit(address)
+        is_whole = parts.port and not any(
+            (parts.path, parts.query, parts.fragment, parts.username, address.split() != [address])
+        )
+    except ValueError:
+        return "", ""
+    return parts.scheme, (parts.hostname or "") if is_whole else ""
+
+
+def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -109,12 +109,12 @@ def read_manifest(path: str) -> dict[str, Any]:
         if not isinstance(document, dict) or document.get("kind") != "DaskCluster":
             continue
         try:
-            _container(document)
+            _memory_of(_container(document))
             document["metadata"]["name"].encode()
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise SpecError(
-                f"cluster.options.manifest: the DaskCluster of {path} has no metadata.name or no "
-                "spec.worker.spec.containers; deploy/kubernetes/cluster.yaml has them."
+                f"cluster.options.manifest: the DaskCluster of {path} has no metadata.name, no spec.worker.spec.containers, or "
+                "resources that are no tables; deploy/kubernetes/cluster.yaml has them."
             ) from error
         return document
     raise SpecError(f'cluster.options.manifest: {path} has no resource of kind "DaskCluster".')
@@ -124,9 +124,8 @@ def sized(manifest: dict[str, Any], section: ClusterSection) -> dict[str, Any]:
     """Return a DaskCluster with the workers and the memory of [cluster]; with ``minimum``, as many as it begins with."""
     cluster = copy.deepcopy(manifest)
     cluster["spec"]["worker"]["replicas"] = section.num_workers if section.minimum is None else max(1, section.minimum)
-    limits = _container(cluster).setdefault("resources", {})
-    for kind in ("limits", "requests"):
-        limits[kind] = {**limits.get(kind, {}), "memory": str(section.worker_memory_bytes)}
+    container = _container(cluster)
+    container["resources"] = _memory_of(container, str(section.worker_memory_bytes))
     return cluster
 
 
@@ -165,6 +164,12 @@ def _scale(client: Client, made: Any, section: ClusterSection, stopped: threadin
 def _container(manifest: dict[str, Any]) -> dict[str, Any]:
     container: dict[str, Any] = manifest["spec"]["worker"]["spec"]["containers"][0]
     return container
+
+
+def _memory_of(container: dict[str, Any], memory: str = "") -> dict[str, Any]:
+    """Resources of a container, with so much memory; what is empty in a manifest is null."""
+    resources: dict[str, Any] = dict(container.get("resources") or {})
+    return resources | {kind: {**(resources.get(kind) or {}), "memory": memory} for kind in ("limits", "requests")}
 
 
 def _create(resource: dict[str, Any], namespace: str, stack: ExitStack) -> Any:

@@ -53,7 +53,7 @@ def connect(key: str, address: str, stack: ExitStack, timeout: str = CONNECT_TIM
 
     security = Security()
     if address.startswith("tls://"):
-        _refuse_certificates(key, address, security)
+        refuse_certificates(key, address, security)
     # What matters of a worker's end is told by the engine.
     stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
     try:
@@ -68,11 +68,26 @@ def connect(key: str, address: str, stack: ExitStack, timeout: str = CONNECT_TIM
     return client
 
 
-def _refuse_certificates(key: str, address: str, security: Security) -> None:
-    """Refuse TLS settings without which a connection would fail with an error of Dask's own."""
+def refuse_certificates(key: str, address: str, security: Security, role: str = "client") -> None:
+    """Refuse TLS settings without which a connection would fail with an error of Dask's own.
+
+    Parameters
+    ----------
+    key, address
+        What asks for a connection, and to what.
+    security
+        The settings.
+    role
+        Whose certificate it is: that of a client, scheduler or worker.
+
+    Raises
+    ------
+    SpecError
+        If a file is missing or no certificate, or none is named.
+    """
     advice = "Set DASK_CONFIG to the dask.yaml that `gradstore certificates` wrote."
     try:
-        context = security.get_connection_args("client")["ssl_context"]
+        context = security.get_connection_args(role)["ssl_context"]
     except FileNotFoundError as error:
         raise SpecError(f"{key}: Dask's TLS settings name a file for {address} that is not there. {advice}") from error
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from gradstore.cluster.kinds.scheduler import refuse_certificates
 from gradstore.cluster.kinds.settings import SCHEDULER, variables
 from gradstore.errors import ResourceError, SpecError, TaskError
 from gradstore.spec import resolve_kind
@@ -95,7 +96,7 @@ def on_slurm(section: ClusterSection, stack: ExitStack) -> Client:
     from distributed import Client
 
     options = resolve_kind({"slurm": SlurmOptions}, "slurm", section.options, "cluster.options")
-    sbatch = _sbatch()
+    sbatch, security = _sbatch(), _security()
     stack.enter_context(
         dask.config.set(
             {
@@ -107,7 +108,7 @@ def on_slurm(section: ClusterSection, stack: ExitStack) -> Client:
             }
         )
     )
-    cluster = stack.enter_context(_cluster(section, options))
+    cluster = stack.enter_context(_cluster(section, options, security))
     _refuse_job(sbatch, cluster.job_script())
     minimum = section.num_workers if section.minimum is None else section.minimum
     # Also where both are the same: a job that ended is asked for again.
@@ -116,7 +117,7 @@ def on_slurm(section: ClusterSection, stack: ExitStack) -> Client:
     return client
 
 
-def _cluster(section: ClusterSection, options: SlurmOptions) -> SLURMCluster:
+def _cluster(section: ClusterSection, options: SlurmOptions, security: Security) -> SLURMCluster:
     handler = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 
@@ -139,7 +140,7 @@ def _cluster(section: ClusterSection, options: SlurmOptions) -> SLURMCluster:
             job_cpu=options.cores,
             memory=f"{section.worker_memory_bytes} B",
             interface=options.interface,
-            security=_security(),
+            security=security,
             shared_temp_directory=options.shared_folder or str(Path.cwd()),
             local_directory=options.scratch,
             log_directory=options.logs,
@@ -167,6 +168,8 @@ def _security() -> Security:
 
     declared = Security()
     if declared.tls_ca_file is not None:
+        for role in ("scheduler", "worker", "client"):
+            refuse_certificates("cluster.kind", "the scheduler that is started for Slurm", declared, role)
         return declared
     return Security.temporary()
 
