@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import SpecError
 from gradstore.plan import Plan
+from gradstore.plan.contributions import contributed_sets
 from gradstore.plan.kernels import SECONDS_PER_CUBE
 from gradstore.plan.sizes import ITEM_BYTES, PUT_DOLLARS, Widths, gigabytes
 
@@ -43,6 +44,12 @@ THREAD_RATE = 1e11
 READ_BYTES_A_SECOND = 5e8
 LEARN_READS = 4
 STORAGE_DOLLARS_GB_MONTH = 0.023
+# What comes after contribute, by its mode.
+_LATER: Mapping[str, str] = {
+    "tensor": f"learn reads C {LEARN_READS} times and score once, in one process at the same rate",
+    "streamed": f"C is not stored: learn builds it {LEARN_READS} times and score once, in one process at the same rate",
+    "scores": "nothing is learned, and scores are made as C is",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +129,8 @@ def estimate(spec: RunSpec, plan: Plan, offer: Offer) -> Cost:
     """Estimate what a planned run takes.
 
     featurize computes 4 P T operations for a row of T tokens under P parameters, on each of E members; a kernel that keeps
-    spectra N sum_j k_j^2 products and a decomposition of each group; contribute N D Q products; learn and score read C, in one
-    process.
+    spectra N sum_j k_j^2 products and a decomposition of each group; contribute N D Q products; learn and score read C in one
+    process, or build it there at each read where it is not stored. Where scores alone are kept, contribute is the last.
 
     Raises
     ------
@@ -144,7 +151,7 @@ def estimate(spec: RunSpec, plan: Plan, offer: Offer) -> Cost:
     assumptions = [
         told,
         f"kernel and contribute: {THREAD_RATE:.0e} operations a second and {READ_BYTES_A_SECOND / 1e9:.1f} GB/s read by each "
-        f"worker; learn reads C {LEARN_READS} times and score once, in one process at the same rate",
+        f"worker; {_LATER[spec.contribute.mode]}",
         "nothing waits for a queue or starts anew, and workers share the rows evenly",
         f"storage at ${STORAGE_DOLLARS_GB_MONTH} a GB and month, ${PUT_DOLLARS * 1000:.3f} for 1,000 objects written",
     ]
@@ -181,20 +188,24 @@ def _rate(plan: Plan, offer: Offer) -> tuple[float, str]:
 def _seconds(spec: RunSpec, plan: Plan, workers: int, rate: float) -> dict[str, float]:
     """Wall seconds of every stage."""
     train, members = plan.sets["train"], len(spec.model.etas)
-    queries = sum(planned.rows for name, planned in plan.sets.items() if name != "train")
     # Rows of other lengths than those of the train set take accordingly.
     rows = sum(planned.rows * planned.length / max(train.length, 1) for planned in plan.sets.values())
     reading = train.feature_bytes / READ_BYTES_A_SECOND
     found = {"featurize": members * rows / rate / workers}
     if plan.kernel.needs_spectra and not plan.kernel.across_groups:
         found["kernel"] = (reading + members * _kernel_seconds(plan, train.rows)) / workers
-    products = 2 * members * train.rows * plan.features * queries / THREAD_RATE
-    found["contribute"] = (reading + products) / workers
+    sets = contributed_sets(spec)
+    built = {name: 2 * members * train.rows * plan.features * plan.sets[name].rows / THREAD_RATE for name in plan.sets}
+    found["contribute"] = (reading + sum(built[name] for name in sets)) / workers
+    if spec.contribute.mode == "scores":
+        return found
     item = ITEM_BYTES[spec.contribute.dtype]
     of_a_query = train.rows * len(plan.partition.groups) * item / READ_BYTES_A_SECOND
-    learned = sum(plan.sets[name].rows for name in spec.data.learn_sets())
-    found["learn"] = LEARN_READS * learned * of_a_query
-    found["score"] = plan.sets["eval"].rows * of_a_query
+    for stage, names, reads in (("learn", spec.data.learn_sets(), LEARN_READS), ("score", ("eval",), 1)):
+        if spec.contribute.mode == "streamed":
+            found[stage] = reads * sum(reading + built[name] for name in names)
+        else:
+            found[stage] = reads * of_a_query * sum(plan.sets[name].rows for name in names)
     return found
 
 

@@ -57,6 +57,24 @@ def test_products_reads_and_decompositions_are_counted(planned: tuple[RunSpec, P
     assert seconds["score"] == pytest.approx(6 * c_of_a_query)
 
 
+@pytest.mark.parametrize("mode", ["streamed", "scores"])
+def test_what_is_not_stored_is_built_at_each_reading(planned: tuple[RunSpec, Plan], mode: str) -> None:
+    spec, plan = planned
+    spec = spec.model_copy(update={"contribute": spec.contribute.model_copy(update={"mode": mode})})
+    found = estimate(spec, plan, Offer(workers=2, rate=1.0)).hours
+    rows, learned, asked, features = 80, 5, 6, 8 * 12
+    reading, of_a_query = rows * features * 2 / 5e8, 2 * rows * features / 1e11
+    hours = {name: 3600 * found[name] for name in ("contribute", "learn", "score") if name in found}
+    if mode == "scores":
+        assert hours == {"contribute": pytest.approx((reading + asked * of_a_query) / 2)}
+    else:
+        assert hours == {
+            "contribute": pytest.approx((reading + learned * of_a_query) / 2),
+            "learn": pytest.approx(4 * (reading + learned * of_a_query)),
+            "score": pytest.approx(reading + asked * of_a_query),
+        }
+
+
 def test_no_price_is_made_up(planned: tuple[RunSpec, Plan]) -> None:
     found = cost_of(planned, Offer(workers=2, rate=1.0))
     assert found.dollars is None
