@@ -136,6 +136,13 @@ def test_services_of_compose_run_a_run(tmp_path: Path) -> None:
         status = services.run("run", [*shown("gradstore status"), "--json"])
         assert status.returncode == 0, status.stderr
         assert "train" in json.dumps(json.loads(status.stdout))
+        submitted = services.run("run", shown("gradstore submit"))
+        assert submitted.returncode == 0, submitted.stderr
+        job = submitted.stdout.split()[0]
+        shown_job = services.run("run", ["gradstore", "jobs", "show", "s3://gradstore/demo", job, "--wait"])
+        assert shown_job.returncode == 0, shown_job.stderr
+        listed = services.run("run", shown("gradstore jobs list"))
+        assert job in listed.stdout
         services.keys |= {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "CHANGE-ME-TOO"}
         assert services.run("run", shown("gradstore status")).returncode == 0
         refused = services.run("run", ["gradstore", "prune", "s3://gradstore/demo", "scores/ekfac.learned"])

@@ -27,6 +27,10 @@ def leaving(folder: Path, name: str, after: Sequence[str] = ()) -> Task:
     return Task(name=name, function=works.leave_after, arguments=(str(folder), name, *after), after=tuple(after))
 
 
+def late(folder: Path, name: str, seconds: float = 0.3) -> Task:
+    return Task(name=name, function=works.leave_late, arguments=(str(folder), name, seconds))
+
+
 def results(engine: Engine, tasks: Sequence[Task]) -> dict[str, Any]:
     return {task.name: result for task, result in engine.run(tasks)}
 
@@ -144,16 +148,27 @@ def test_a_task_without_smaller_ones_is_given_as_many_lives_again(engine: Engine
 
 
 def test_leaving_the_results_early_cancels_what_has_not_begun(engine: Engine, tmp_path: Path) -> None:
-    tasks = [
-        Task(name=f"late-{index}", function=works.leave_late, arguments=(str(tmp_path), f"late-{index}", 0.3))
-        for index in range(20)
-    ]
-    running = engine.run(tasks)
+    running = engine.run([late(tmp_path, f"late-{index}") for index in range(20)])
     next(running)
     running.close()  # type: ignore[attr-defined]
     assert results(engine, [leaving(tmp_path, "next")]) == {"next": "next"}
     assert engine.client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)) <= 2
     assert len(list(tmp_path.glob("* begun"))) < 10
+
+
+@pytest.mark.parametrize(("priority", "go_first"), [(5, True), (0, False)])
+def test_tasks_of_a_higher_priority_go_before_those_that_were_submitted_earlier(
+    engine: Engine, tmp_path: Path, *, priority: int, go_first: bool
+) -> None:
+    running = engine.run([late(tmp_path, f"earlier-{index}", 0.1) for index in range(30)])
+    next(running)
+    section = ClusterSection(kind="scheduler", address=engine.client.scheduler.address)
+    with Engine(section, priority=priority) as other:
+        results(other, [late(tmp_path, f"urgent-{index}", 0.1) for index in range(20)])
+    begun = len(list(tmp_path.glob("earlier-* begun")))
+    # Of one priority they take turns.
+    assert (begun < 10) == go_first
+    running.close()  # type: ignore[attr-defined]
 
 
 def test_tasks_compute_with_one_thread(engine: Engine) -> None:

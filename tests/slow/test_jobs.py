@@ -23,6 +23,7 @@ from gradstore.store.features import FeatureStore
 from gradstore.store.jobs import Jobs
 from tests.clusters import SeparateCluster, restless, with_certificates
 from tests.runs import command, gradstore
+from tests.servers import S3Server
 from tests.synthetic import make
 
 pytestmark = pytest.mark.slow
@@ -190,6 +191,28 @@ def test_a_job_waits_for_the_one_that_it_is_to_come_after(cluster: SeparateClust
     lines = [line["text"] for line in ask("logs", spec, job)["lines"]]
     assert f"waiting for the job {first}" in lines
     assert ask("show", spec, first)["state"] == "done"
+
+
+def test_a_job_on_s3_is_seen_stopped_and_resumed_by_whoever_has_the_bucket(
+    seaweed: S3Server, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, value in seaweed.env.items():
+        monkeypatch.setenv(name, value)
+    spec = make(tmp_path / "run", rows=640, store=seaweed.url("jobs/store"))
+    with SeparateCluster(tmp_path / "cluster", 2, ENVIRONMENT) as cluster:
+        to_it = ("--scheduler", cluster.address, "--json")
+        done = gradstore("submit", tmp_path / "run" / "run.toml", *to_it)
+        assert done.returncode == 0, done.stderr
+        job = json.loads(done.stdout)["id"]
+        wait_until_committed(spec, 5)
+        ask("cancel", spec, job)
+        assert ask("show", spec, job, "--wait", code=130)["state"] == "cancelled"
+        listed = gradstore("jobs", "list", spec.run.store, "--json")
+        assert [found["state"] for found in json.loads(listed.stdout)["jobs"]] == ["cancelled"]
+        assert ask("resume", spec, job)["began"]
+        assert ask("show", spec, job, "--wait")["state"] == "done"
+        assert ask("logs", spec, job)["lines"]
+    assert results(spec) == expected
 
 
 def test_an_error_of_a_worker_is_told_with_the_frames_of_both_processes(
