@@ -41,7 +41,7 @@ def resolve_kind(kinds: Mapping[str, type[T]], kind: str, options: Mapping[str, 
     try:
         checked = checker.model_validate(dict(options))
     except ValidationError as error:
-        raise SpecError("\n".join(explain(problem, None, key) for problem in error.errors())) from error
+        raise SpecError(explain(error, options, None, key)) from error
     return cls(**{name: getattr(checked, name) for name in fields})
 
 

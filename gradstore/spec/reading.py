@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_origin
 
@@ -40,7 +40,7 @@ def parse_spec(values: Mapping[str, Any], *, origin: str = "run.toml", folder: P
     try:
         spec = RunSpec.model_validate(dict(values))
     except ValidationError as error:
-        raise SpecError(f"{origin}: " + "\n".join(explain(problem, RunSpec) for problem in error.errors())) from error
+        raise SpecError(f"{origin}: {explain(error, values, RunSpec)}") from error
     except SpecError as error:
         raise SpecError(f"{origin}: {error}") from error
     return spec if folder is None else _resolve_paths(spec, folder)
@@ -80,17 +80,49 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     )
 
 
-def explain(problem: Any, model: type[BaseModel] | None, prefix: str = "") -> str:
-    """One line for one pydantic problem: the key, what was found, what is accepted."""
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join([prefix, *path] if prefix else path)
-    if problem["type"] == "extra_forbidden":
-        accepted = ", ".join(_keys_beside(model, path)) if model else ""
-        return f"{key}: unknown key; accepted here: {accepted}."
-    if problem["type"] == "missing":
-        return f"{key}: is missing."
-    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}: found {problem['input']!r}; accepted: {message}."
+def explain(error: ValidationError, values: Any, model: type[BaseModel] | None, prefix: str = "") -> str:
+    """One line for each value that pydantic refuses: the key, what was found, what is accepted.
+
+    Parameters
+    ----------
+    error
+        What it raised.
+    values
+        What it was given.
+    model
+        What they were to be, whose keys are told; None where they are not known.
+    prefix
+        What the keys are below.
+    """
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        path = _written(problem["loc"], values)
+        key = ".".join([prefix, *path] if prefix else path)
+        if problem["type"] == "extra_forbidden":
+            accepted = ", ".join(_keys_beside(model, path)) if model else ""
+            lines[key] = f"{key}: unknown key; accepted here: {accepted}"
+        elif problem["type"] == "missing":
+            lines[key] = f"{key}: is missing"
+        else:
+            message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            # Of a value that may be one of several things each is refused by itself.
+            found = lines.get(key, f"{key}: found {problem['input']!r}; accepted")
+            lines[key] = f"{found}{', or ' if key in lines else ': '}{message}"
+    return "\n".join(f"{line}." for line in lines.values())
+
+
+def _written(loc: Sequence[int | str], values: Any) -> list[str]:
+    """The keys of a place as they are written: without the names of types among which pydantic chose."""
+    path: list[str] = []
+    for place, part in enumerate(loc):
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            # A key that is missing is the last, and its table is there.
+            if not (isinstance(values, Mapping) and place == len(loc) - 1):
+                continue
+        path.append(str(part))
+    return path
 
 
 def _keys_beside(model: type[BaseModel], path: list[str]) -> list[str]:

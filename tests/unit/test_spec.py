@@ -49,6 +49,10 @@ def test_keys_of_a_split_win_over_the_shared_defaults() -> None:
         (lambda v: v["data"]["train"].update(rows="4"), r"data\.train\.rows: found '4'; accepted: a valid integer"),
         (lambda v: v["data"]["train"].update(rows=0), r"data\.train\.rows: found 0; accepted: greater than or equal"),
         (lambda v: v["model"].update(precision="fp8"), r"precision: found 'fp8'; accepted: 'auto', 'float32' or"),
+        (
+            lambda v: v.update(sketch={"rank": 0}),
+            r"run\.toml: sketch\.rank: found 0; accepted: greater than or equal to 1, or 'auto'\.$",
+        ),
         (lambda v: v["data"].pop("source"), r"data\.train\.source: is missing"),
         (lambda v: v.pop("model"), r"model: is missing"),
         (
