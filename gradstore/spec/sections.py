@@ -209,7 +209,7 @@ class ScoreSection(Section):
 class SketchSection(Section):
     """[sketch]: how much is kept of every row, and how surely the best rows are to be among the candidates.
 
-    ``share`` is the most of the features' bytes that the sketch may take where ``rank`` is left to it. ``recall`` is what its
+    ``share`` is what the sketch should take of the features' bytes where ``rank`` is left to it. ``recall`` is what its
     candidates must reach of the exact answer on the learn queries, where their number is left to it.
     """
 

@@ -34,8 +34,8 @@ class Ranker:
         What becomes of scores in the end.
     make_reader
         What reads features.
-    progress
-        Told of the scan.
+    progress, stage
+        Told of the scan, and what it is called.
     """
 
     store: FeatureStore
@@ -44,6 +44,7 @@ class Ranker:
     transform: Transform
     make_reader: MakeReader
     progress: Progress
+    stage: str = "query"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,9 @@ def rank(ranker: Ranker, slab: Slab, keep: int) -> dict[str, Winners]:
     }
     info = builder.info
     a_row = info.row_bytes * len(info.members)
-    with ranker.progress.stage("query", info.num_examples, "rows", total_bytes=a_row * info.num_examples) as advance:
+    with ranker.progress.stage(
+        ranker.stage, info.num_examples, "rows", total_bytes=a_row * info.num_examples
+    ) as advance:
         for rows, rows_N, c_QNM in _valid(ranker, builder):
             for name, ranking in rankings.items():
                 ranking.update(c_QNM, ranker.weightings[name], rows_N)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Final, Self
 
 import numpy as np
@@ -27,6 +28,7 @@ from gradstore.store.features import FeatureSet, FeatureStore
 _ROW_BYTES: Final = 2**28
 # Most rows that are scored for the sake of opponents.
 _OPPONENTS_SHARE: Final = 1 / 25
+_DIGEST_DIGITS: Final = 16
 
 
 def sketch_settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
@@ -143,43 +145,45 @@ class Sketch:
     def _basis(self) -> Mapping[str, Mapping[str, np.ndarray]]:
         return self.artifact.read_basis()
 
-    def estimates(self, set_name: str, weights_VM: np.ndarray) -> np.ndarray:
-        """Estimates of the scores of all rows, float32 [V, Q, N], of the queries of a set under some weightings.
+    def estimates(self, slab: Slab, weights_VM: np.ndarray) -> np.ndarray:
+        """Estimates of the scores of all rows, float32 [V, Q, N], of the queries of a slab under some weightings.
 
         NaN where a row is not valid.
         """
         from gradstore.numerics.kernel import zero_invalid
         from gradstore.numerics.sketch import estimated_scores
 
+        set_name, asked = slab.target.set_name, slice(slab.first, slab.last)
         total_VQR: np.ndarray | None = None
         for member, of_member in self._basis.items():
             queries = self.store.open_set(set_name, member)
             for place, array in enumerate(queries.info.arrays):
-                psi = all_rows(queries, array)
-                zero_invalid(psi)
-                part_QR = full_rows(array, psi) @ widened(of_member[array.name])
+                psi_Qk = all_rows(queries, array)[asked]
+                zero_invalid(psi_Qk)
+                part_QR = full_rows(array, psi_Qk) @ widened(of_member[array.name])
                 if total_VQR is None:
                     total_VQR = np.zeros((len(weights_VM), *part_QR.shape), np.float32)
                 total_VQR += weights_VM[:, place, None, None].astype(np.float32) * part_QR
         assert total_VQR is not None, "a sketch has a member, and that a group"
         factor_Q = query_factor(self.store, self.spec, set_name)
         if factor_Q is not None:
-            total_VQR *= factor_Q[:, None]
+            total_VQR *= factor_Q[asked, None]
         flat = estimated_scores(self.rows.levels, self.rows.scales, total_VQR.reshape(-1, total_VQR.shape[2]))
         return flat.reshape(*total_VQR.shape[:2], -1)
 
-    def candidates_for(self, k: int, names: Sequence[str]) -> dict[str, Candidates] | None:
+    def candidates_for(self, k: int, weightings: Mapping[str, np.ndarray]) -> dict[str, Candidates] | None:
         """How many candidates hold the best k rows as surely as was asked for, by weighting; None if no number does.
 
         Opponents are asked for less often, and under weights they may stand out so little that it would take most rows: they
-        have as many candidates as they need up to a share of the rows, and their recall is told. Of weights that were learned
-        since recall was measured, candidates are as many as of those that take most.
+        have as many candidates as they need up to a share of the rows, and their recall is told. Of weights that recall
+        was not measured under, since they are new or others by now, candidates are as many as of those that take most.
         """
         measured = min((int(rows) for rows in self.recall["rows"] if rows >= k), default=None)
         if measured is None:
             return None
-        known = self.recall["recall"]
-        wanted = known if {*names} - {*known} else names
+        known, weights = self.recall["recall"], self.recall["weights"]
+        same = [name for name, weights_M in weightings.items() if weights.get(name) == digest_of(weights_M)]
+        wanted = same if len(same) == len(weightings) else [*known]
         found: dict[str, Candidates] = {}
         for name in wanted:
             proponents = self._enough(k, known[name]["proponents"][str(measured)])
@@ -192,23 +196,21 @@ class Sketch:
             proponents=Side(rows=max(each.proponents.rows for each in found.values()), recall=None),
             opponents=Side(rows=max(each.opponents.rows for each in found.values()), recall=None),
         )
-        return {name: found.get(name, most) for name in names}
+        return {name: found[name] if name in same else most for name in weightings}
 
     def _enough(self, k: int, recalls: Sequence[float]) -> Side | None:
         """The least number of candidates, among those that were tried, that is to be taken; None if there is none."""
-        recorded = self.artifact.info.recorded
+        wanted = self.recall["wanted"]
         for count, recall in zip(self.recall["candidates"], recalls, strict=True):
-            wanted = (
-                recall >= recorded["recall"] if recorded["candidates"] == "auto" else count >= recorded["candidates"]
-            )
-            if count >= k and wanted:
+            is_enough = recall >= wanted["recall"] if wanted["candidates"] == "auto" else count >= wanted["candidates"]
+            if count >= k and is_enough:
                 return Side(rows=count, recall=recall)
         return None
 
     def _affordable(self, k: int, recalls: Sequence[float]) -> Side:
         """The same, or where that is more than a share of the rows, the most below it."""
         enough, most = self._enough(k, recalls), int(_OPPONENTS_SHARE * self.artifact.shape.num_examples)
-        if enough is not None and (enough.rows <= most or self.artifact.info.recorded["candidates"] != "auto"):
+        if enough is not None and (enough.rows <= most or self.recall["wanted"]["candidates"] != "auto"):
             return enough
         tried = [
             Side(rows=count, recall=recall)
@@ -256,9 +258,8 @@ class Sketch:
             places = slice(*np.searchsorted(blocks, (block, block + 1)).tolist())
             within = rows[places] % info.block_rows
             out = {group: values[places] for group, values in features.items()}
-            train.read_rows(block, within.tolist(), out)
-            if not self._are_sketched(train.member, rows[places], out):
-                # Perhaps damaged on their way, or a chunk is: the checksum of the whole tells.
+            if not self._read_sketched(train, rows[places], out):
+                # Perhaps damaged on their way, or a chunk is: the checksum of the whole tells, and what to do.
                 for group, values in out.items():
                     values[:] = train.read_block(block, [group])[group][within]
                 if not self._are_sketched(train.member, rows[places], out):
@@ -270,11 +271,25 @@ class Sketch:
             factor_N[places] = row_factor(self.store, self.spec, train, block)[within]
         return features, factor_N
 
+    def _read_sketched(self, train: FeatureSet, rows: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
+        """Read some rows of one block; return whether they are those that were sketched."""
+        block = int(rows[0]) // train.info.block_rows
+        try:
+            train.read_rows(block, (rows % train.info.block_rows).tolist(), out)
+        except IntegrityError:
+            return False
+        return self._are_sketched(train.member, rows, out)
+
     def _are_sketched(self, member: str, rows: np.ndarray, features: Mapping[str, np.ndarray]) -> bool:
         found = np.zeros(len(rows), np.uint32)
         extend_checksums(found, [*features.values()])
         expected = self.rows.checksums[rows, self.artifact.shape.members.index(member)]
         return bool((found == expected).all())
+
+
+def digest_of(weights_M: np.ndarray) -> str:
+    """What tells weights from others of the same name."""
+    return sha256(np.ascontiguousarray(weights_M, "<f8").tobytes()).hexdigest()[:_DIGEST_DIGITS]
 
 
 def best_rows(
@@ -283,7 +298,7 @@ def best_rows(
     """Rows, ascending, that are among the candidates of some query of a slab under some weighting."""
     from gradstore.numerics.sketch import candidates
 
-    estimates = sketch.estimates(slab.target.set_name, np.stack([*weightings.values()]))[:, slab.first : slab.last]
+    estimates = sketch.estimates(slab, np.stack([*weightings.values()]))
     found = [
         candidates(of_weights, counts[name].proponents.rows, counts[name].opponents.rows)
         for name, of_weights in zip(weightings, estimates, strict=True)

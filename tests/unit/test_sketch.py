@@ -11,16 +11,6 @@ import pytest
 
 from gradstore.cluster import Engine, Task
 from gradstore.errors import ContractError, IntegrityError, NotReadyError, ResourceError, SpecError
-from gradstore.numerics.kernel import Damping, GramSum, spectrum
-from gradstore.numerics.sketch import (
-    candidates,
-    directions,
-    estimated_scores,
-    needed_candidates,
-    recalls,
-    sample_combinations,
-    whitened,
-)
 from gradstore.plan.sketch import ladder, sketch_rank
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.queries import Slab, Target
@@ -40,6 +30,7 @@ ROWS = {"train": 200, "learn": 6, "eval": 4}
 INVALID = (3, 150)
 QUIET = Progress(quiet=True)
 GIVEN = {"a": 0.1, "b": 0.4, "c": 0.2, "d": 0.3}
+WEIGHTINGS = {"unweighted": np.full(4, 0.25), "given": np.array([*GIVEN.values()])}
 
 
 def make_sketch(spec: RunSpec, engine: object | None = None) -> None:
@@ -66,11 +57,15 @@ def ranker(store: FeatureStore, spec: RunSpec) -> Ranker:
     return Ranker(
         store=store,
         spec=spec,
-        weightings={"unweighted": np.full(4, 0.25), "given": np.array([*GIVEN.values()])},
+        weightings=WEIGHTINGS,
         transform="none",
         make_reader=BlockReader,
         progress=QUIET,
     )
+
+
+def slab_of(spec: RunSpec, set_name: str, first: int = 0, last: int = 4) -> Slab:
+    return Slab(target=Target(kernel=spec.kernel.name, set_name=set_name), first=first, last=last)
 
 
 @cache
@@ -85,6 +80,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "identity": ({}, {"kernel": {"kind": "identity"}}),
     "diagonal": ({}, {"kernel": {"kind": "diagonal", "damping": 0.2}}),
     "cosine": ({}, {"contribute": {"normalize": "cosine"}}),
+    "relatif": ({}, {"contribute": {"normalize": "relatif"}}),
     "members": (
         {"members": ("x", "y")},
         {"model": {"members": [{"name": "x", "eta": 0.5}, {"name": "y", "eta": 2.0}]}},
@@ -99,9 +95,9 @@ def test_a_sketch_of_as_many_numbers_as_features_estimates_the_scores_that_contr
     store, spec = made_once(case)
     weights = np.array([[0.25] * 4, [*GIVEN.values()]])
 
-    estimates = found(store, spec).estimates("eval", weights)
+    estimates = found(store, spec).estimates(slab_of(spec, "eval", 1, 3), weights)
 
-    c = stored_c(store, "eval", spec.kernel.name)
+    c = stored_c(store, "eval", spec.kernel.name)[1:3]
     valid = [row for row in range(200) if row not in INVALID]
     assert np.isnan(estimates[:, :, list(INVALID)]).all()
     for weight, estimate in zip(weights, estimates, strict=True):
@@ -115,9 +111,7 @@ def test_c_of_single_rows_is_what_contributions_are(case: str) -> None:
     store, spec = made_once(case)
     rows = np.array([0, 1, 31, 32, 77, 199])
 
-    ((given, c),) = found(store, spec).contributions(
-        Slab(target=Target(kernel=spec.kernel.name, set_name="eval"), first=0, last=4), rows
-    )
+    ((given, c),) = found(store, spec).contributions(slab_of(spec, "eval"), rows)
 
     np.testing.assert_array_equal(given, rows)
     exact = stored_c(store, "eval", spec.kernel.name)[:, rows]
@@ -126,7 +120,7 @@ def test_c_of_single_rows_is_what_contributions_are(case: str) -> None:
 
 def test_what_candidates_hold_is_ranked_as_by_a_scan_of_all_rows() -> None:
     store, spec = made(sketch={"candidates": 10})
-    slab = Slab(target=Target(kernel="block", set_name="eval"), first=1, last=2)
+    slab = slab_of(spec, "eval", 1, 2)
 
     screened = rank_candidates(ranker(store, spec), found(store, spec), slab, 3)
 
@@ -155,7 +149,7 @@ def test_recall_is_the_share_of_the_best_rows_among_the_candidates() -> None:
     valid = [row for row in range(200) if row not in INVALID]
     scores, estimates = (
         oracle.scores(c[:, valid], np.full(4, 0.25)),
-        opened.estimates("learn", np.full((1, 4), 0.25))[0][:, valid],
+        opened.estimates(slab_of(spec, "learn", 0, 6), np.full((1, 4), 0.25))[0][:, valid],
     )
     for place, count in enumerate(measured["candidates"]):
         shares = []
@@ -170,17 +164,60 @@ def test_recall_is_the_share_of_the_best_rows_among_the_candidates() -> None:
 def test_weights_learned_since_take_as_many_candidates_as_those_that_take_most() -> None:
     store, spec = made(sketch={"recall": 0.5})
 
-    counts = found(store, spec).candidates_for(10, ["unweighted", "given", "later"])
+    counts = found(store, spec).candidates_for(10, {**WEIGHTINGS, "later": WEIGHTINGS["given"]})
 
     assert counts is not None
     assert counts["later"].proponents.recall is None
     assert counts["later"].proponents.rows == max(counts["unweighted"].proponents.rows, counts["given"].proponents.rows)
 
 
+def test_recall_is_measured_again_under_weights_that_were_learned_again() -> None:
+    store, spec = made(sketch={"recall": 0.5})
+    before, measured = SketchArtifact.open(store.storage, "block").read_recall(), found(store, spec)
+    remove_artifact(store.storage, "weights/given")
+    give_weights(store, {**GIVEN, "a": 0.0, "d": 0.4})
+    counts = measured.candidates_for(1, {"given": np.array([0.0, 0.4, 0.2, 0.4])})
+    assert counts is not None
+    assert counts["given"].proponents.recall is None
+
+    make_sketch(spec)
+
+    again = found(store, spec)
+    assert not again.is_same(measured)
+    counts = again.candidates_for(1, {"given": np.array([0.0, 0.4, 0.2, 0.4])})
+    assert counts is not None
+    assert counts["given"].proponents.recall is not None
+    assert again.recall["recall"]["unweighted"] == before["recall"]["unweighted"]
+    make_sketch(spec)
+    assert found(store, spec).is_same(again)
+
+
+def test_how_many_candidates_are_wanted_counts_as_the_last_call_has_it() -> None:
+    store, spec = made(sketch={"candidates": 10})
+    before = found(store, spec)
+
+    # An engine that runs no task.
+    make_sketch(make_spec(store, sketch={"candidates": 30}), Interrupting(lambda _: True))
+
+    counts = found(store, spec).candidates_for(1, WEIGHTINGS)
+    assert counts is not None
+    assert counts["given"].proponents.rows == 30
+    assert found(store, spec).recall["recall"] == before.recall["recall"]
+
+
+def test_a_chunk_that_is_cut_short_is_told_with_what_to_do() -> None:
+    store, spec = made()
+    info = store.open_set("train").info
+    path = f"{info.folder}/{chunk_path(info.array_path('m0', 'b'), 2, 0)}"
+    store.storage.replace(path, [store.storage.read(path)[:50]])
+    with pytest.raises(IntegrityError, match=r"gradstore repair"):
+        list(found(store, spec).contributions(slab_of(spec, "eval"), np.array([64, 95])))
+
+
 def test_opponents_take_as_many_candidates_as_they_need_or_as_a_share_of_the_rows_allows() -> None:
     store, spec = made(sketch={"rank": 2, "recall": 0.3})
     opened = found(store, spec)
-    counts = opened.candidates_for(1, ["unweighted"])
+    counts = opened.candidates_for(1, {"unweighted": WEIGHTINGS["unweighted"]})
     measured = opened.recall["recall"]["unweighted"]["opponents"]["1"]
     tried = dict(zip(opened.recall["candidates"], measured, strict=True))
     affordable = [rows for rows in tried if rows <= 200 / 25] or [min(tried)]
@@ -200,13 +237,13 @@ def test_weightings_that_are_not_asked_for_need_no_candidates() -> None:
     # A recall that no number of candidates reaches, in what this sketch has read.
     opened.__dict__["recall"] = {**opened.recall, "recall": {**known, "given": hopeless}}
 
-    assert opened.candidates_for(1, ["unweighted"]) is not None
-    assert opened.candidates_for(1, ["unweighted", "given"]) is None
+    assert opened.candidates_for(1, {"unweighted": WEIGHTINGS["unweighted"]}) is not None
+    assert opened.candidates_for(1, WEIGHTINGS) is None
 
 
 def test_more_rows_than_recall_was_measured_of_and_too_many_candidates_are_left_to_a_scan() -> None:
     store, spec = made()
-    slab = Slab(target=Target(kernel="block", set_name="eval"), first=0, last=4)
+    slab = slab_of(spec, "eval")
     assert rank_candidates(ranker(store, spec), found(store, spec), slab, 101) is None
     remove_artifact(store.storage, "sketches/block")
     assert Sketch.find(store, spec) is None
@@ -250,7 +287,7 @@ def test_a_row_that_was_changed_in_the_store_is_not_scored(dtype: str) -> None:
     data = bytearray(store.storage.read(path))
     data[5 * (len(data) - 4) // 32] ^= 1
     store.storage.replace(path, [bytes(data)])
-    slab = Slab(target=Target(kernel="block", set_name="eval"), first=0, last=4)
+    slab = slab_of(spec, "eval")
 
     (untouched,) = opened.contributions(slab, np.array([64, 68, 70]))
     assert np.isfinite(untouched[1]).all()
@@ -262,7 +299,7 @@ def test_features_that_are_sound_and_not_those_that_were_sketched_are_refused() 
     store, spec = made()
     opened = found(store, spec)
     opened.rows.checksums[7] += np.uint32(1)
-    slab = Slab(target=Target(kernel="block", set_name="eval"), first=0, last=4)
+    slab = slab_of(spec, "eval")
     with pytest.raises(
         IntegrityError, match=r"features of block 0 are not those that were sketched. Run `gradstore prune"
     ):
@@ -314,56 +351,3 @@ def test_the_rank_is_what_a_share_of_the_bytes_has_room_for() -> None:
 def test_numbers_of_candidates_are_fewer_than_the_rows() -> None:
     assert ladder(45) == [10, 20, 30]
     assert ladder(7) == [7]
-
-
-@pytest.mark.parametrize("size", [40, 300])
-def test_directions_are_orthonormal_and_those_of_the_largest_singular_values(size: int) -> None:
-    draw = np.random.default_rng(size)
-    rows = (draw.standard_normal((size, 60)) * np.linspace(4, 0.1, 60)).astype(np.float32)
-    combinations = sample_combinations(rows @ rows.T, 5, 0)
-    basis = directions(rows, combinations, None, None)
-    np.testing.assert_allclose(basis.T @ basis, np.eye(5), atol=1e-4)
-    singular = np.linalg.svd(rows.astype(np.float64), compute_uv=False)[:5]
-    np.testing.assert_allclose(np.linalg.norm(rows @ basis, axis=0), singular, rtol=1e-3)
-
-
-def test_directions_beyond_what_the_sample_spans_are_zero() -> None:
-    rows = np.zeros((6, 4), np.float32)
-    rows[:, 1] = 2
-    combinations = sample_combinations(rows @ rows.T, 3, 0)
-    basis = directions(rows, combinations, None, None)
-    np.testing.assert_allclose(np.abs(basis), [[0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]], atol=1e-6)
-
-
-def test_whitened_rows_have_the_inner_products_that_the_kernel_gives() -> None:
-    draw, damping = np.random.default_rng(1), Damping(value=0.1)
-    rows = draw.standard_normal((20, 6), np.float32)
-    gram = GramSum(6)
-    gram.add(rows)
-    kernel = spectrum(gram.total())
-    x = whitened(rows, kernel, damping)
-    expected = oracle.precondition(rows, rows, kind="block", damping=0.1, mode="relative") @ rows.T.astype(np.float64)
-    np.testing.assert_allclose(x @ x.T, expected, atol=1e-4)
-
-
-def test_estimates_are_inner_products_with_levels_times_scales() -> None:
-    draw = np.random.default_rng(2)
-    levels = draw.integers(-127, 128, (700, 400)).astype(np.int8)
-    scales = draw.random(700, np.float32)
-    scales[5] = np.nan
-    queries = draw.standard_normal((3, 400), np.float32)
-    expected = queries.astype(np.float64) @ (levels * scales.astype(np.float64)[:, None]).T
-    np.testing.assert_allclose(estimated_scores(levels, scales, queries), expected, rtol=1e-3, atol=1e-2)
-
-
-def test_candidates_are_the_largest_and_the_smallest_of_any_query_and_none_without_a_number() -> None:
-    scores = np.array([[5, 1, np.nan, -9, 0, 2], [1, 2, np.nan, 3, 8, -7]], np.float32)
-    np.testing.assert_array_equal(candidates(scores, 1, 1), [0, 3, 4, 5])
-    np.testing.assert_array_equal(candidates(scores, 3, 2), [0, 1, 3, 4, 5])
-
-
-def test_needed_candidates_are_counted_until_the_wanted_row_is_among_them() -> None:
-    estimates = np.array([[0.1, 0.9, np.nan, 0.5, -1.0]], np.float32)
-    np.testing.assert_array_equal(needed_candidates(estimates, np.array([[1, 0]]), largest=True), [[1, 3]])
-    np.testing.assert_array_equal(needed_candidates(estimates, np.array([[4, 3]]), largest=False), [[1, 3]])
-    assert recalls(np.array([[1, 3], [2, 9]]), 2, [1, 3, 9]) == [0.25, 0.75, 1.0]

@@ -43,7 +43,7 @@ def rank_candidates(
     None where all rows are to be scored: no number of candidates was measured to hold the best ``keep`` as surely as was asked
     for, or they are too many of the rows.
     """
-    counts = sketch.candidates_for(keep, [*ranker.weightings])
+    counts = sketch.candidates_for(keep, ranker.weightings)
     if counts is None:
         return None
     rows = best_rows(sketch, slab, ranker.weightings, counts)

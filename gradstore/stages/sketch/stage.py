@@ -12,7 +12,7 @@ from gradstore.stages.contribute.rows import prepare_rows, score_transform
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import full_width
 from gradstore.stages.sketch.basis import build_basis
-from gradstore.stages.sketch.recall import measure_recall
+from gradstore.stages.sketch.recall import update_recall
 from gradstore.stages.sketch.rows import sketch_blocks
 from gradstore.stages.sketches import sketch_settings
 from gradstore.stages.spectra import open_spectra
@@ -24,6 +24,9 @@ _LOWER = ("sketch.rank", "features.block_rows")
 
 def sketch(spec: RunSpec, engine: Engine, progress: Progress) -> None:
     """Write the sketches that the store does not hold yet, one for each kernel of a sweep, and measure their recall.
+
+    Recall is measured again where weights were learned since. How surely candidates are to hold the best rows is no setting
+    of a sketch: it counts as the last call has it.
 
     Raises
     ------
@@ -47,8 +50,7 @@ def sketch(spec: RunSpec, engine: Engine, progress: Progress) -> None:
         with progress.stage(f"sketch {run.kernel.name}", total if tasks else 0, "rows", done) as advance:
             for task, _ in engine.run(tasks):
                 advance(task.rows)
-        if not artifact.is_complete():
-            measure_recall(run, store, artifact, progress)
+        update_recall(run, store, artifact, progress)
 
 
 def _refuse(spec: RunSpec, store: FeatureStore) -> None:
@@ -95,7 +97,7 @@ def _create(spec: RunSpec, store: FeatureStore, progress: Progress) -> SketchArt
         store.storage,
         spec.kernel.name,
         settings=sketch_settings(spec, store),
-        recorded={"seed": spec.run.seed, "candidates": spec.sketch.candidates, "recall": spec.sketch.recall},
+        recorded={"seed": spec.run.seed},
         shape=SketchShape(
             rows=info.rows,
             block_rows=info.block_rows,

@@ -125,7 +125,7 @@ class SketchArtifact(Artifact):
         settings
             What is compared: the kernel, normalisation, weights of members, and the train set's snapshots.
         recorded
-            What is not: seed and size of the sample.
+            What is not: the seed.
         shape
             Its shape, which is compared too.
 
@@ -266,6 +266,10 @@ class SketchArtifact(Artifact):
         """Write and commit what recall was measured."""
         last = self.recall_unit
         return self._committed(last) or self._write_unit(last, {_RECALL: encode_document(recall)}, facts)
+
+    def forget_recall(self, reason: str) -> None:
+        """Take back what recall was measured."""
+        self.log.take_back(self.recall_unit, reason)
 
     def read_recall(self) -> dict[str, Any]:
         """Return what recall was measured; NotReadyError if it was not."""
