@@ -111,12 +111,16 @@ def delete(  # noqa: PLR0913 - typer takes a command's options from its paramete
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Erase examples for good: from features, tables and inputs. What is made from them is told as stale."""
+    """Erase examples for good: from features, tables and inputs.
+
+    What is made from them is told as stale, and holds numbers of theirs until it is pruned: contributions, scores and sketches.
+    """
+    from gradstore.lines import read_ids
     from gradstore.stages.delete import Query
     from gradstore.stages.delete import delete as stage
     from gradstore.stages.progress import Progress
 
-    named = [line for line in ids_file.read_text(encoding="utf-8").splitlines() if line] if ids_file else []
+    named = read_ids(ids_file) if ids_file else ()
     query = Query.parse([*(ids or []), *named], where or [])
     found = stage(store, query, feature_set or [], Progress(quiet=quiet), dry_run=not yes)
     if as_json:

@@ -10,6 +10,7 @@ engine      starts the cluster, submits, and yields what finishes
 """
 
 from gradstore.cluster.engine import Engine
+from gradstore.cluster.kinds import refuse_device
 from gradstore.cluster.tasks import Task
 
-__all__ = ["Engine", "Task"]
+__all__ = ["Engine", "Task", "refuse_device"]

@@ -172,6 +172,12 @@ def test_a_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x\.jsonl, line 2 is not JSON"),
         ("x.jsonl", b'["a"]\n', r"x\.jsonl, line 1 is a JSON list"),
+        (
+            "x.jsonl",
+            b'{"text": "a \\ud800"}\n',
+            r"data\.train: x\.jsonl:1: character 2 is '\\ud800', half of a character",
+        ),
+        ("x.jsonl", b"[" * 10**5, r"x\.jsonl, line 1 is not JSON: it is nested too deeply"),
         ("x.jsonl", b'{"text": "\xff"}\n', r"x\.jsonl, line 1 of .* is not utf-8"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"x\.jsonl\.gz cannot be read"),
         ("x.jsonl.gz", b'{"text": "a"}\n', r"x\.jsonl\.gz cannot be read"),

@@ -39,7 +39,9 @@ def write(path: Path, pairs: list[tuple[str, str]] | None = None) -> str:
     """Write pairs in the format that the ending tells."""
     rows = [{"query": query, "example": example} for query, example in (PAIRS if pairs is None else pairs)]
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        # With what JSON allows in a text and other readers split lines at.
+        lines = [json.dumps({**row, "note": "\u2028"}, ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8-sig")
     elif path.suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["query", "example"])
@@ -129,14 +131,14 @@ def test_a_format_or_an_order_makes_no_other_weights_but_another_pair_does(store
         ("header.csv", "query,example\n", r"header\.csv: holds no pairs"),
         ("no-column.jsonl", '{"query": "example 0"}\n', r"no-column\.jsonl:1: found the columns query; a pair has the"),
         ("no-column.csv", "query,row\nexample 0,3\n", r"no-column\.csv:1: found the columns query, row; a pair has"),
-        ("no-object.jsonl", "\n[1]\n", r"no-object\.jsonl:2: found the columns list; a pair has the columns"),
+        ("no-object.jsonl", "\n[1]\n", r"no-object\.jsonl, line 2 is a JSON list, not an object"),
         (
             "number.jsonl",
             '{"query": 0, "example": "a"}\n',
             r"number\.jsonl:1: query is 0; accepted: the id of an example",
         ),
         ("short.csv", "query,example\na\n", r"short\.csv:2: example is None; accepted"),
-        ("broken.jsonl", '{"query":\n', r"broken\.jsonl:1: not readable as JSON"),
+        ("broken.jsonl", '{"query":\n', r"broken\.jsonl, line 1 is not JSON"),
         ("broken.parquet", "no", r"broken\.parquet: not readable as parquet"),
         (
             "query.jsonl",

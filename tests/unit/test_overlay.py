@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gradstore.errors import SpecError
 from gradstore.store.backend import Storage, open_storage
 from gradstore.store.backend.overlay import OverlayStorage, overlay_url
 from tests.storages import Places, StorageSuite
@@ -77,3 +78,8 @@ def test_layers_of_two_names_know_nothing_of_each_other(base: Storage, laid_over
     other = open_storage(overlay_url(f"over-{next(_NAMES)}", base.url))
     laid_over.publish("c", [b"ours"])
     assert [info.path for info in other.list_objects("")] == [info.path for info in base.list_objects("")]
+
+
+def test_a_layer_that_this_process_did_not_make_is_no_store() -> None:
+    with pytest.raises(SpecError, match="accepted: a directory, file:///path, s3://bucket/prefix"):
+        open_storage("overlay://mine/memory://below")

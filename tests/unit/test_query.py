@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from rich.console import Console
+import torch
 
 import gradstore
 from gradstore.cluster import Engine
@@ -20,10 +18,9 @@ from gradstore.stages.delete import Query, delete
 from gradstore.stages.kernel import build_kernel
 from gradstore.stages.known_kernels import Settings, query_spec
 from gradstore.stages.progress import Progress
-from gradstore.stages.query import Answer, Ranking, Session, Winner
-from gradstore.stages.query.answer import Group
-from gradstore.stages.query.stage import Asked, query, render_answers
-from gradstore.stages.report.formatting import MINUS
+from gradstore.stages.query import Session, Winner
+from gradstore.stages.query.stage import Asked, query
+from gradstore.stages.sketches import Sketch
 from gradstore.store.features import FeatureStore
 from tests import oracle, stores, synthetic
 from tests.contributing import give_weights, stored_c
@@ -204,6 +201,18 @@ def test_what_is_kept_in_memory_changes_no_answer(made: RandomStore, memory_byte
             assert other.query(index=index) == session.query(index=index)
 
 
+def test_a_closed_session_holds_no_sketch(made: RandomStore) -> None:
+    with Session(made.url) as opened:
+        opened._sketch = cast(Sketch, object())
+    assert opened._sketch is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(made: RandomStore) -> None:
+    with pytest.raises(SpecError, match='--device: found "cuda", and torch finds no CUDA device on this machine'):
+        Session(made.url, device="cuda")
+
+
 def test_weights_that_are_asked_for_are_taken_alone(made: RandomStore) -> None:
     with Session(made.url, weights=[]) as session:
         assert [*session.query(index="eval:0").rankings] == ["unweighted"]
@@ -226,6 +235,8 @@ def test_weights_of_other_groups_are_refused() -> None:
     ("index", "error", "match"),
     [
         ("12", SpecError, "--index: found '12'; accepted: a set and a row, such as eval:12"),
+        ("eval:" + "1" * 5000, SpecError, "--index: found 'eval:1+'; accepted: a set and a row"),
+        ("eval:\u0661", SpecError, "accepted: a set and a row, such as eval:12"),
         ("eval:3", SpecError, "--index: found eval:3; eval has rows 0 to 2"),
         ("test:0", NotReadyError, "there is no feature set test; found: eval, learn, train"),
         ("train:2", DataError, "--index: train:2: its features are not finite"),
@@ -325,87 +336,6 @@ def test_the_package_has_the_session_and_no_other_name() -> None:
     assert gradstore.Session is Session
     with pytest.raises(AttributeError, match="no attribute 'Sessions'"):
         gradstore.Sessions  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ({}, "nothing to ask"),
-        ({"text": "a", "index": "eval:1"}, "--text and --index"),
-        ({"prompt": "a"}, "--prompt"),
-        ({"completion": "a"}, "--completion"),
-        ({"text": "a", "prompt": "b", "completion": "c"}, "--text and --prompt and --completion"),
-    ],
-)
-def test_options_that_ask_nothing_or_several_things_are_refused(given: dict[str, str], found: str) -> None:
-    with pytest.raises(SpecError, match=f"query: found {found}; accepted: --text, or --prompt and --completion"):
-        Asked(**given)  # type: ignore[arg-type]
-
-
-def test_a_file_is_one_text_or_a_record_a_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("two\nlines\n", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"prompt": "p", "completion": "c"}\n', encoding="utf-8")
-
-    assert Asked(file=tmp_path / "a.txt").records() == [{"text": "two\nlines\n"}]
-    assert Asked(file=tmp_path / "b.jsonl").records() == [{"text": "one"}, {"prompt": "p", "completion": "c"}]
-    assert Asked(prompt="p", completion="").records() == [{"prompt": "p", "completion": ""}]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("none.txt", None, r"none.txt cannot be read: No such file"),
-        ("binary.txt", b"\xff\xfe\xfa", r"binary.txt cannot be read: it is no UTF-8 text"),
-        ("empty.jsonl", b"\n", r"empty.jsonl holds no record"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text', r"bad.jsonl, line 2 is not JSON"),
-        ("list.jsonl", b"[1]", r"list.jsonl, line 1 is a JSON list, not an object"),
-    ],
-)
-def test_a_file_that_holds_no_query_is_refused(tmp_path: Path, name: str, content: bytes | None, match: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=match):
-        Asked(file=tmp_path / name).records()
-
-
-def answer_of(parts: tuple[float, ...]) -> Answer:
-    """An answer of one proponent."""
-    places = ((0, "attn"), (0, "mlp"), (1, "mlp"), (None, "head"))
-    winner = Winner(row=4, example_id="x", label="[red]", text="some\ntext", score=sum(parts), parts=parts)
-    return Answer(
-        query="query-1",
-        label=None,
-        text="asked",
-        kernel="block",
-        rankings={"unweighted": Ranking(proponents=(winner,), opponents=())},
-        groups=tuple(Group(name=f"g{place}", depth=depth, function=of) for place, (depth, of) in enumerate(places)),
-    )
-
-
-def test_layers_are_those_of_the_largest_parts_summed_over_depths_or_functions() -> None:
-    answer = answer_of((3.0, -2.0, -2.5, 0.25))
-    (winner,) = answer.rankings["unweighted"].proponents
-
-    assert answer.layers(winner) == [("g0", 3.0), ("g2", -2.5), ("g1", -2.0)]
-    assert answer.layers(winner, "depth") == [(1, -2.5), (0, 1.0), (None, 0.25)]
-    assert answer.layers(winner, "function", 2) == [("mlp", -4.5), ("attn", 3.0)]
-
-
-def test_an_answer_is_plain_values_and_a_table_of_them() -> None:
-    answer = answer_of((3.0, -2.0, -2.5, 0.25))
-
-    (found,) = json.loads(json.dumps(answer.to_json()))["rankings"]["unweighted"]["proponents"]
-    assert {key: found[key] for key in ("rank", "row", "example_id", "label", "score")} == {
-        "rank": 1, "row": 4, "example_id": "x", "label": "[red]", "score": -1.25
-    }  # fmt: skip
-    assert found["layers"]["depth"][0] == {"depth": 1, "part": -2.5}
-    console = Console(width=100, record=True, file=StringIO())
-    for drawn in render_answers([answer], "group"):
-        console.print(drawn)
-    text = console.export_text()
-    assert "query-1: asked" in text
-    assert "[red]" in text
-    assert f"0.attn +3.0, 1.mlp {MINUS}2.5, 0.mlp {MINUS}2.0" in text
 
 
 def test_what_a_command_asks_is_answered_in_order(session: Session) -> None:

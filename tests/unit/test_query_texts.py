@@ -82,6 +82,7 @@ def test_a_query_that_is_longer_than_the_stores_is_refused_with_both_lengths_or_
         ({"text": ""}, "query-1: is empty"),
         ({"text": " \n"}, "query-1: is empty"),
         ({"text": None}, "query-1: is empty"),
+        ({"text": "a\udcff"}, r"query-1: .* character 1 is '\\udcff', half of a character"),
         ({"prompt": "ab", "completion": ""}, "query-1: is empty, or nothing in it is predicted"),
         ({"messages": MESSAGES[:1]}, "query-1: is empty, or nothing in it is predicted"),
         ({"prompt": "abcdefghijkl", "completion": "m"}, "query-1: none of its first 10 tokens is predicted"),

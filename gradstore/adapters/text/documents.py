@@ -6,7 +6,6 @@ asked for.
 
 from __future__ import annotations
 
-import json
 import lzma
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from gradstore.adapters.files import Files, has_suffix, some
 from gradstore.adapters.locations import resolve_location
 from gradstore.adapters.text.records import Document, RecordReader, resolve_form
 from gradstore.errors import DataError, SpecError
+from gradstore.lines import parse_object
 from gradstore.spec import SplitSection
 
 FOLDER: Final = "folder"
@@ -107,8 +107,9 @@ class DocumentReader:
             try:
                 with files.opened(path, compression="infer") as file:
                     for number, line in enumerate(file, start=1):
-                        if text := self._decode(line, f"{name}, line {number}").strip():
-                            record = _parse_object(text, f"{self.key}: {name}, line {number}")
+                        # A byte order mark may stand before the first.
+                        if text := self._decode(line, f"{name}, line {number}").removeprefix("\ufeff").strip():
+                            record = parse_object(text, f"{self.key}: {name}, line {number}")
                             yield records.document(record, name, number)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise DataError(f"{self.key}: {name} cannot be read: {error}.") from error
@@ -181,16 +182,6 @@ class DocumentReader:
             f"{self.key}: {name} of {self.split.source} is not {' nor '.join(encodings)}: byte {failure.start} is "
             f"0x{content[failure.start]:02x}. Set {self.key}.encoding (latin-1 and cp1252 are common) or mend the file."
         ) from failure
-
-
-def _parse_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is a JSON {type(record).__name__}, not an object with columns.")
-    return record
 
 
 def _may_be_hub_id(location: str) -> bool:

@@ -126,6 +126,7 @@ class RecordReader:
         self.require_columns(list(record), where)
         label = record[self.split.label] if self.split.label else None
         text, turns = self._content(record, where)
+        _refuse_half_characters(text, f"{self.key}: {where}")
         return Document(
             document_id=where if self.split.id is None else str(record[self.split.id]),
             text=text,
@@ -176,6 +177,16 @@ class RecordReader:
                     raise DataError(f"{named}: {name} of message {number} is {type(value).__name__}; {expected}.")
             turns.append((given["role"], given["content"]))
         return _joined(turns, predicted=ASSISTANT, shown=True)
+
+
+def _refuse_half_characters(text: str, where: str) -> None:
+    """Refuse what Python takes for text and no tokenizer does: of JSON's escapes, and bytes of a command line that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start} is {text[error.start]!a}, half of a character. Mend the text."
+        ) from error
 
 
 def _joined(turns: Sequence[tuple[str, str]], *, predicted: str, shown: bool = False) -> tuple[str, tuple[Turn, ...]]:

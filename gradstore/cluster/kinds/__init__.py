@@ -20,6 +20,7 @@ from gradstore.cluster.kinds.kubernetes import KubernetesOptions, on_kubernetes
 from gradstore.cluster.kinds.local import on_this_machine
 from gradstore.cluster.kinds.scheduler import on_scheduler
 from gradstore.cluster.kinds.slurm import SlurmOptions, on_slurm
+from gradstore.errors import SpecError
 from gradstore.spec import resolve_kind
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from gradstore.spec import ClusterSection
 
-__all__ = ["CLUSTERS", "OPTIONS", "refuse_cluster"]
+__all__ = ["CLUSTERS", "OPTIONS", "refuse_cluster", "refuse_device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +56,31 @@ def refuse_cluster(section: ClusterSection) -> None:
     Raises
     ------
     SpecError
-        If an option is unknown, missing or of the wrong type, or an address is neither on this machine nor encrypted.
+        If an option is unknown, missing or of the wrong type, an address is neither on this machine nor encrypted, or this
+        machine is to compute with a GPU that it has not.
     """
+    if section.kind == "local":
+        refuse_device("cluster.device", section.device)
     options = resolve_kind(OPTIONS, section.kind, section.options, "cluster.options")
     if section.kind == "scheduler":
         assert section.address is not None, "ClusterSection refuses a scheduler without an address"
         refuse_address("cluster.address", section.address)
     if isinstance(options, KubernetesOptions) and options.address is not None:
         refuse_address("cluster.options.address", options.address)
+
+
+def refuse_device(key: str, device: str) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises
+    ------
+    SpecError
+        If it is CUDA, and torch finds none.
+    """
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SpecError(
+                f'{key}: found "cuda", and torch finds no CUDA device on this machine; accepted: "auto", "cpu".'
+            )

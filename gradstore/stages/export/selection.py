@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradstore.errors import DataError, NotReadyError, SpecError
+from gradstore.lines import read_ids
 from gradstore.store.blocks import in_parallel
 from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore
 
@@ -114,7 +115,7 @@ def choose(store: FeatureStore, selection: Selection) -> Chosen:
         _require_committed(feature_set, [block for block in blocks if block not in committed], len(blocks))
         wanted = None
     else:
-        blocks, wanted = list(committed), _read_ids(selection.ids)
+        blocks, wanted = list(committed), read_ids(selection.ids)
 
     def read(block: int) -> pa.Table:
         return feature_set.read_examples(["row", "example_id", "label", "valid"], block=block)
@@ -207,18 +208,6 @@ def _require_committed(feature_set: FeatureSet, missing: list[int], total: int) 
             f"committed, block {missing[0]} (rows {':'.join(map(str, feature_set.info.block_range(missing[0])))}) among "
             "them. Run `gradstore featurize`: it computes them; or ask for other rows."
         )
-
-
-def _read_ids(path: Path) -> frozenset[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text: {error.reason}"
-        raise SpecError(f"--ids: {path} cannot be read: {reason}. Give a file of example ids, one a line.") from error
-    ids = frozenset(line for line in lines if line.strip())
-    if not ids:
-        raise DataError(f"--ids: {path} holds no id; give a file of example ids, one a line.")
-    return ids
 
 
 def _mask(table: pa.Table, start: int, stop: int, wanted: frozenset[str] | None) -> np.ndarray:

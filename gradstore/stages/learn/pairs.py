@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Final, NamedTuple
@@ -13,6 +12,7 @@ import fsspec
 import numpy as np
 
 from gradstore.errors import DataError, SpecError
+from gradstore.lines import read_objects
 from gradstore.spec import RunSpec, content_hash
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.store.features import FeatureStore
@@ -76,9 +76,10 @@ def find_positives(spec: RunSpec, store: FeatureStore, set_name: str) -> list[np
     others = [name for name in spec.data.learn_sets() if name != set_name]
     elsewhere = {example_id for name in others for example_id in _rows(store, name)}
     queries, examples = _rows(store, set_name), _rows(store, "train")
-    members = store.open_set("train").info.members
-    valid_N = np.logical_and.reduce([store.open_set("train", member).valid_rows() for member in members])
-    valid = {"query": {*valid_rows_of(store, set_name).tolist()}, "example": {*np.flatnonzero(valid_N).tolist()}}
+    valid = {
+        "query": {*valid_rows_of(store, set_name).tolist()},
+        "example": {*valid_rows_of(store, "train").tolist()},
+    }
     found: list[set[int]] = [set() for _ in range(store.open_set(set_name).info.rows)]
     for pair in read_pairs(path):
         if pair.query not in queries and pair.query in elsewhere:
@@ -125,12 +126,7 @@ def _pair(where: str, row: Any) -> Pair:
 
 
 def _from_jsonl(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_text(path, content).splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not readable as JSON: {error}.") from error
+    return iter(read_objects(content, path))
 
 
 def _from_csv(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
@@ -154,6 +150,6 @@ def _from_parquet(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
 
 def _text(path: str, content: bytes) -> str:
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not readable as text in UTF-8: {error}.") from error

@@ -46,7 +46,8 @@ class Place:
         SpecError
             If it is none.
         """
-        match = re.fullmatch(r"([^:]+):(\d+)", text)
+        # A row of more digits is of no set.
+        match = re.fullmatch(r"([^:]+):([0-9]{1,18})", text)
         if match is None:
             raise SpecError(f"--index: found {text!r}; accepted: a set and a row, such as eval:12.")
         return cls(set_name=match[1], row=int(match[2]))

@@ -9,7 +9,7 @@ from typing import Any, Final, Self, cast
 from uuid import uuid4
 
 from gradstore.adapters import QueryReader, TakesQueries
-from gradstore.cluster import Engine, Task
+from gradstore.cluster import Engine, Task, refuse_device
 from gradstore.errors import GradstoreError, NotReadyError, SpecError
 from gradstore.plan.resolve import make_adapter
 from gradstore.plan.self_influence import needs_self_influence
@@ -80,6 +80,7 @@ class Session:
         model: str | None = None,
         device: str = "auto",
     ) -> None:
+        refuse_device("--device", device)
         below = open_storage(url)
         # Relative paths are whole now, so that the folder may change.
         self._below, self._url = below.url, overlay_url(uuid4().hex, below.url)
@@ -101,8 +102,9 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Give back the memory that features and queries take."""
+        """Give back the memory that features, queries and a sketch take."""
         self._kept = KeptBlocks(0)
+        self._sketch = None
         self._overlay.drop("")
 
     @property
@@ -151,9 +153,9 @@ class Session:
             raise SpecError(f"query: found {len(given)} of text, record and index; accepted: one of them.")
         if index is not None:
             self._refuse_k(k)
-            with self._told():
+            with self._told(), self._forgetting():
                 name, example = copy_row(self._store, Place.parse(index))
-                return self._answers(name, [example], [index], k, exact=exact)[0]
+                return self._answers(name, [example], [index], k, self._find_sketch(exact=exact))[0]
         return self.query_all([record if text is None else {"text": text}], k=k, truncate=truncate, exact=exact)[0]  # type: ignore[list-item]
 
     def query_all(
@@ -166,30 +168,36 @@ class Session:
         self._refuse_k(k)
         with self._told():
             examples = self._read(records, truncate=truncate)
+            sketch = self._find_sketch(exact=exact)
             found: list[Answer] = []
-            at_once = max(1, _QUERY_BYTES // self._query_bytes)
+            at_once = max(1, _QUERY_BYTES // self._query_bytes(sketch))
             for first in range(0, len(examples), at_once):
                 batch = examples[first : first + at_once]
-                name = featurize_examples(self._store, self._spec, batch)
-                found += self._answers(name, batch, [example.example_id for example in batch], k, exact=exact)
+                with self._forgetting():
+                    name = featurize_examples(self._store, self._spec, batch)
+                    found += self._answers(name, batch, [example.example_id for example in batch], k, sketch)
             return found
 
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Forget in the end what was made in memory, also of queries that were refused."""
+        try:
+            yield
+        finally:
+            self._overlay.drop("")
+
     def _answers(
-        self, name: str, examples: Sequence[Example], called: Sequence[str], k: int, *, exact: bool
+        self, name: str, examples: Sequence[Example], called: Sequence[str], k: int, sketch: Sketch | None
     ) -> list[Answer]:
-        """Answers to the queries of a set that was made in memory, which goes then."""
+        """Answers to the queries of a set that was made in memory."""
         from threadpoolctl import threadpool_limits
 
         kernel = self._spec.kernel.name
-        try:
-            # Products of so few queries wait for memory, and more threads of theirs for those that read.
-            with threadpool_limits(1):
-                precondition(self._store, self._spec, name)
-                slab = Slab(target=Target(kernel=kernel, set_name=name), first=0, last=len(examples))
-                found, screening = self._rank(slab, k, exact=exact)
-        finally:
-            for folder in (f"features/{name}", f"queries/{kernel}/{name}", "partials"):
-                self._overlay.drop(folder)
+        # Products of so few queries wait for memory, and more threads of theirs for those that read.
+        with threadpool_limits(1):
+            precondition(self._store, self._spec, name)
+            slab = Slab(target=Target(kernel=kernel, set_name=name), first=0, last=len(examples))
+            found, screening = self._rank(slab, k, sketch)
         train = self._train
         groups = tuple(
             Group(name=array.name, depth=array.depth, function=array.function) for array in train.info.arrays
@@ -207,14 +215,19 @@ class Session:
             for query, example, rankings in zip(called, examples, rankings_of(train, found), strict=True)
         ]
 
-    def _rank(self, slab: Slab, k: int, *, exact: bool) -> tuple[dict[str, Winners], Screening | None]:
+    def _find_sketch(self, *, exact: bool) -> Sketch | None:
+        """The store's sketch, of which what is read stays in memory while it is the same."""
+        found = None if exact else Sketch.find(self._store, self._spec)
+        if found is None:
+            return None
+        if self._sketch is None or not self._sketch.is_same(found):
+            self._sketch = found
+        return self._sketch
+
+    def _rank(self, slab: Slab, k: int, sketch: Sketch | None) -> tuple[dict[str, Winners], Screening | None]:
         """Winners of some queries: through the sketch if the store has one, else by all rows."""
-        sketch = None if exact else Sketch.find(self._store, self._spec)
         if sketch is not None:
-            # What it holds stays in memory while it is the same.
-            if self._sketch is None or not self._sketch.is_same(sketch):
-                self._sketch = sketch
-            screened = rank_candidates(self._ranker, self._sketch, slab, k)
+            screened = rank_candidates(self._ranker, sketch, slab, k)
             if screened is not None:
                 return screened
             self.progress.note(
@@ -255,13 +268,14 @@ class Session:
             progress=self.progress,
         )
 
-    @property
-    def _query_bytes(self) -> int:
+    def _query_bytes(self, sketch: Sketch | None) -> int:
         """Memory that one more query of a reading takes."""
         info = self._train.info
+        # Estimates under every weighting, their order, and which are finite.
+        estimates = 0 if sketch is None else 12 * len(self._weightings) * info.rows
         features = _COPIES * 4 * len(info.members) * sum(map(full_width, info.arrays))
         # C of a block, and what becomes of it on the way to scores.
-        return features + 3 * 8 * info.block_rows * len(info.arrays)
+        return features + estimates + 3 * 8 * info.block_rows * len(info.arrays)
 
     def _refuse_k(self, k: int) -> None:
         most = self._train.info.num_examples

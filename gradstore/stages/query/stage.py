@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.errors import DataError, SpecError
+from gradstore.lines import read_objects
 from gradstore.stages.query.answer import Answer, By, Ranking, Winner
 from gradstore.stages.query.screened import Screening
 from gradstore.stages.query.session import Session
@@ -67,28 +67,18 @@ class Asked:
 
 def _read(file: Path) -> list[Mapping[str, Any]]:
     try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise DataError(f"--file: {file} cannot be read: {reason}.") from error
-    if file.suffix not in _RECORDS:
-        return [{"text": content}]
-    records: list[Mapping[str, Any]] = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"--file: {file}, line {number} is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"--file: {file}, line {number} is a JSON {type(record).__name__}, not an object with columns."
-            )
-        records.append(record)
-    if not records:
-        raise DataError(f"--file: {file} holds no record.")
-    return records
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"--file: {file} cannot be read: {error.strerror}.") from error
+    if file.suffix in _RECORDS:
+        records: list[Mapping[str, Any]] = [record for _, record in read_objects(content, f"--file: {file}")]
+        if not records:
+            raise DataError(f"--file: {file} holds no record.")
+        return records
+    try:
+        return [{"text": content.decode("utf-8-sig")}]
+    except UnicodeDecodeError as error:
+        raise DataError(f"--file: {file} cannot be read: it is no UTF-8 text.") from error
 
 
 def query(session: Session, asked: Asked, k: int, *, truncate: bool, exact: bool = False) -> list[Answer]:

@@ -10,8 +10,7 @@ from gradstore.errors import SpecError
 from gradstore.store.backend.cache import cached
 from gradstore.store.backend.directory import DirectoryStorage
 from gradstore.store.backend.memory import MemoryStorage
-from gradstore.store.backend.overlay import SCHEME as OVERLAY
-from gradstore.store.backend.overlay import OverlayStorage
+from gradstore.store.backend.overlay import OverlayStorage, is_layer
 from gradstore.store.backend.protocol import ObjectInfo, Part, Range, Storage
 
 __all__ = ["ObjectInfo", "Part", "Range", "Storage", "open_storage"]
@@ -27,7 +26,7 @@ def open_storage(url: str, *, copies: bool = True) -> Storage:
     ----------
     url
         A directory, ``file:///absolute/path``, ``s3://bucket/prefix``, or ``memory://name``, which lives as long as the
-        process; ``overlay://name/URL`` reads the storage of a URL, and keeps what is written in this process. For s3://,
+        process; what `overlay_url` gives reads the storage of a URL, and keeps what is written in this process. For s3://,
         credentials, region and endpoint come from the environment or the profile that it names.
     copies
         Whether objects may be read from the folder that ``GRADSTORE_CACHE`` names; not by who checks the objects themselves.
@@ -51,7 +50,7 @@ def open_storage(url: str, *, copies: bool = True) -> Storage:
         return DirectoryStorage(Path(unquote(urlsplit(url).path)).absolute(), _durable())
     if scheme == "memory":
         return MemoryStorage(rest.strip("/"))
-    if scheme == OVERLAY:
+    if is_layer(url):
         name, _, base = rest.partition("/")
         return OverlayStorage(name, open_storage(base, copies=copies))
     if scheme == "s3":

@@ -15,9 +15,20 @@ T = TypeVar("T")
 SCHEME: Final = "overlay"
 
 
+_LAYERS: Final = set[str]()
+"""Names of this process's layers."""
+
+
 def overlay_url(name: str, base_url: str) -> str:
     """URL of a layer over the storage of a URL: all of one name in this process are the same."""
+    _LAYERS.add(name)
     return f"{SCHEME}://{name}/{base_url}"
+
+
+def is_layer(url: str) -> bool:
+    """Whether a URL is of a layer that this process made: what others write in one would be lost."""
+    scheme, _, rest = url.partition("://")
+    return scheme == SCHEME and rest.partition("/")[0] in _LAYERS
 
 
 class OverlayStorage:
