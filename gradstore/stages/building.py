@@ -14,7 +14,7 @@ import numpy as np
 from gradstore.errors import NotReadyError
 from gradstore.plan.contribute import BUFFERS
 from gradstore.spec import RunSpec
-from gradstore.stages.contribute.artifacts import create_queries, passes_of, stored_as, targets_of, tiles_of
+from gradstore.stages.contribute.artifacts import contribution_shape, create_queries, passes_of, stored_as, targets_of
 from gradstore.stages.contribute.blocks import BlockBuilder, Built
 from gradstore.stages.contribute.queries import Slab, Target, refuse_other_groups
 from gradstore.stages.contribute.settings import output_settings
@@ -79,23 +79,15 @@ class BuiltContributions:
             if not queries.is_complete():
                 raise NotReadyError(f"{queries.folder}: not preconditioned. Run `gradstore contribute` first.")
         target = Target(kernel=spec.kernel.name, set_name=set_name)
-        train, (count, tile) = store.open_set("train").info, tiles_of(spec, store, target)
+        count = store.open_set(set_name).info.rows
         rounding = stored_as(store, target) or QueryRounding.of("float32", None, count)
-        shape = ContributionShape(
-            queries=count,
-            rows=train.rows,
-            gaps=train.gaps,
-            groups=tuple(array.name for array in train.arrays),
-            block_rows=train.block_rows,
-            query_tile=tile,
-            dtype=rounding.dtype,
-        )
+        shape = contribution_shape(spec, store, target, rounding)
         summed = targets_of(spec)
         parts, _ = passes_of(spec, store, summed if target in summed else [target])
-        work = Work(blocks=(), tiles=((count, tile),), parts=parts, passes=parts)
+        work = Work(blocks=(), tiles=((count, shape.query_tile),), parts=parts, passes=parts)
         settings = {
             **output_settings(spec, store, target),
-            "shape": {"queries": count, "rows": train.rows, "gaps": train.gaps, "groups": shape.groups},
+            "shape": {"queries": count, "rows": shape.rows, "gaps": shape.gaps, "groups": shape.groups},
         }
         return cls(
             store=store,

@@ -24,6 +24,7 @@ import numpy as np
 from gradstore.cluster.tasks import one_thread
 from gradstore.numerics.learner import (
     Certification,
+    CertifiedWeights,
     KeptRows,
     LearnerSettings,
     best_rows,
@@ -157,9 +158,9 @@ def _measured(contributions: Contributions, guesses: Guesses) -> Iterator[dict[s
 
 def _certified(
     contributions: Contributions, guesses: Guesses, settings: Sequence[LearnerSettings]
-) -> tuple[float, Certification]:
+) -> tuple[float, Certification[CertifiedWeights]]:
     """Seconds, and what was certified: all of it."""
-    kept, found = guesses.kept(settings[0].k), list[Certification]()
+    kept, found = guesses.kept(settings[0].k), list[Certification[CertifiedWeights]]()
     reads = Reads(contributions, Progress(quiet=True), "bench")
     seconds = _seconds(
         lambda: found.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gradstore.errors import DataError
 from gradstore.numerics.learner import (
     Certification,
+    CertifiedWeights,
     Descent,
     KeptRows,
     LearnedWeights,
@@ -25,6 +26,7 @@ from gradstore.numerics.learner import (
     visit_query,
 )
 from gradstore.numerics.scores import Transform
+from tests.tensors import moments, reader
 
 PLENTY = 2**40
 KINDS = ["normal", "ties", "heavy tails", "scales", "zero queries", "copies"]
@@ -64,30 +66,6 @@ def first_guess(c: np.ndarray, kind: str, seed: int, size: int) -> KeptRows:
     return KeptRows(rows, [c_nm[chosen] for c_nm, chosen in zip(c, rows, strict=True)], num_groups=c.shape[2])
 
 
-def reader(
-    c: np.ndarray, *, queries: int = 2, rows: int = 7, seed: int | None = 0
-) -> Callable[[], Iterator[tuple[int, np.ndarray, np.ndarray]]]:
-    """Gives pieces of some queries and rows, in another order at each read."""
-    reads = 0
-
-    def read() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        nonlocal reads
-        reads += 1
-        pieces = [(q, n) for q in range(0, len(c), queries) for n in range(0, c.shape[1], rows)]
-        if seed is not None:
-            np.random.default_rng([seed, reads]).shuffle(pieces)
-        for q, n in pieces:
-            numbers = np.arange(n, min(n + rows, c.shape[1]))
-            yield q, numbers, c[q : q + queries, numbers]
-
-    return read
-
-
-def moments(c: np.ndarray) -> np.ndarray:
-    c = c.astype(np.float64)
-    return np.asarray(c.transpose(0, 2, 1) @ c)
-
-
 def positives(shape: tuple[int, int, int], learners: Sequence[LearnerSettings]) -> list[np.ndarray] | None:
     """Rows that pairs raise: of some queries none, of others all."""
     if not any(learner.objective == "pairs" for learner in learners):
@@ -107,8 +85,15 @@ def streamed(c: np.ndarray, learner: LearnerSettings) -> LearnedWeights:
     )
 
 
-def certify(c: np.ndarray, kept: KeptRows, *learners: LearnerSettings, **changes: Any) -> Certification:
-    arguments = {"read": reader(c), "limit_bytes": PLENTY, "positives": positives(c.shape, learners), **changes}
+def certify(
+    c: np.ndarray, kept: KeptRows, *learners: LearnerSettings, **changes: Any
+) -> Certification[CertifiedWeights]:
+    arguments = {
+        "read": reader(c, 7, 2, 0),
+        "limit_bytes": PLENTY,
+        "positives": positives(c.shape, learners),
+        **changes,
+    }
     return learn_certified(moments(c), kept, settings=learners, **arguments)
 
 
@@ -243,7 +228,7 @@ def test_certified_is_streamed_where_many_rows_are_found_and_dropped_again(
     learners = [LearnerSettings(k=k, epochs=epochs, learning_rate=0.2, transform=transform) for epochs in (1, 3)]
     kept = first_guess(c, guess, 0, 10)
 
-    outcome = certify(c, kept, *learners, read=reader(c, rows=rows, seed=None))
+    outcome = certify(c, kept, *learners, read=reader(c, rows=rows, queries=2))
 
     assert outcome.uncertified == {}
     for place, learner in enumerate(learners):
@@ -260,7 +245,7 @@ def test_pieces_and_their_order_never_change_a_bit(case: Case, queries: int, row
     c = drawn("normal", case.shape, case.seed)
     whole_kept, kept = (first_guess(c, case.guess, case.seed, case.size) for _ in range(2))
 
-    whole = certify(c, whole_kept, *case.learners, read=reader(c, queries=4, rows=30, seed=None))
+    whole = certify(c, whole_kept, *case.learners, read=reader(c, queries=4, rows=30))
     found = certify(c, kept, *case.learners, read=reader(c, queries=queries, rows=rows, seed=seed))
 
     for place in range(len(case.learners)):
@@ -316,5 +301,5 @@ def test_numbers_that_are_not_finite_are_refused_as_by_the_streamed_learner(
     for second_moments in (moments(good), np.full((*c.shape[::2], c.shape[2]), np.nan)):
         for kept in (first_guess(c, "none", 0, 0), first_guess(c, "all", 0, 0)):
             with pytest.raises(DataError) as found:
-                learn_certified(second_moments, kept, reader(c), settings=learners, limit_bytes=PLENTY)
+                learn_certified(second_moments, kept, reader(c, 7, 2, 0), settings=learners, limit_bytes=PLENTY)
             assert str(found.value) == str(expected.value)

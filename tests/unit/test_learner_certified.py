@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from gradstore.errors import DataError, SpecError
 from gradstore.numerics.learner import (
     Certification,
+    CertifiedWeights,
     KeptRows,
     LearnedWeights,
     LearnerSettings,
@@ -20,37 +20,12 @@ from gradstore.numerics.learner import (
 )
 from gradstore.numerics.learner.trajectory import Trajectory, run_visits
 from gradstore.numerics.moments import Candidates, SecondMoments, kept_rows
+from tests.tensors import contributions, keep, moments, reader
 
 PLENTY = 2**40
-Reader = Callable[[], Iterator[tuple[int, np.ndarray, np.ndarray]]]
 
 
-def contributions(num_queries: int = 6, num_rows: int = 60, num_groups: int = 5) -> np.ndarray:
-    draw = np.random.default_rng(1)
-    signal = draw.standard_normal((num_queries, num_rows, 1)) ** 3 * draw.random(num_groups)
-    noise = draw.standard_normal((num_queries, num_rows, num_groups)) * (0.5 + 3 * draw.random(num_groups))
-    return (signal + noise).astype(np.float32)
-
-
-def moments(c: np.ndarray) -> np.ndarray:
-    c = c.astype(np.float64)
-    return np.asarray(c.transpose(0, 2, 1) @ c)
-
-
-def reader(c: np.ndarray, rows: int = 16) -> Reader:
-    def read() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for start in range(0, c.shape[1], rows):
-            yield 0, np.arange(start, min(start + rows, c.shape[1])), c[:, start : start + rows]
-
-    return read
-
-
-def keep(c: np.ndarray, rows: list[int]) -> KeptRows:
-    chosen = np.array(rows, np.int64)
-    return KeptRows([chosen] * len(c), [c_nm[chosen] for c_nm in c], num_groups=c.shape[2])
-
-
-def certify(c: np.ndarray, *settings: LearnerSettings, kept: KeptRows | None = None) -> Certification:
+def certify(c: np.ndarray, *settings: LearnerSettings, kept: KeptRows | None = None) -> Certification[CertifiedWeights]:
     return learn_certified(moments(c), kept or keep(c, []), reader(c), settings=settings, limit_bytes=PLENTY)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from gradstore.numerics.learner import KeptRows, closed_form_weights, gain, judg
 from gradstore.numerics.moments import first_guess, read_best_rows
 from gradstore.numerics.scores import Transform
 from tests import oracle
+from tests.tensors import moments, reader
 
-Reader = Callable[[], Iterator[tuple[int, np.ndarray, np.ndarray]]]
 TRANSFORMS: list[Transform] = ["none", "square"]
 
 
@@ -23,24 +22,6 @@ def contributions(num_queries: int = 6, num_rows: int = 60, num_groups: int = 5,
     signal = draw.standard_normal((num_queries, num_rows, 1)) ** 3 * (draw.random(num_groups) - 0.2)
     noise = draw.standard_normal((num_queries, num_rows, num_groups)) * (0.5 + 3 * draw.random(num_groups))
     return (signal + noise).astype(np.float32)
-
-
-def moments(c: np.ndarray) -> np.ndarray:
-    c = c.astype(np.float64)
-    return np.asarray(c.transpose(0, 2, 1) @ c)
-
-
-def reader(c: np.ndarray, rows: int = 16, queries: int = 4, seed: int = 0) -> Reader:
-    """Gives pieces in no order."""
-
-    def read() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        pieces = [(q, n) for q in range(0, len(c), queries) for n in range(0, c.shape[1], rows)]
-        np.random.default_rng(seed).shuffle(pieces)
-        for q, n in pieces:
-            numbers = np.arange(n, min(n + rows, c.shape[1]))
-            yield q, numbers, c[q : q + queries, numbers]
-
-    return read
 
 
 def whole(c: np.ndarray) -> KeptRows:
@@ -133,7 +114,7 @@ def test_best_rows_are_those_of_exact_scores_whatever_the_pieces(
 def test_with_best_rows_of_uniform_weights_the_closed_form_is_that_of_all_rows() -> None:
     c = contributions(num_rows=500)
 
-    kept = read_best_rows(reader(c, 33), np.full(5, 0.2), count=8, transform="none", num_queries=6)
+    kept = read_best_rows(reader(c, 33, 4, 0), np.full(5, 0.2), count=8, transform="none", num_queries=6)
     found = closed_form_weights(moments(c), kept, k=8, num_rows=500, transform="none")
 
     assert kept.most == 8
@@ -147,7 +128,7 @@ def test_weights_are_judged_by_the_mean_of_the_top_scores_over_the_norm(transfor
     c, ks, queries = contributions(num_queries=4, num_rows=1700, num_groups=3), [1, 12, 1500], np.array([3, 0])
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 4)
 
-    found = judge(reader(c, rows, 3), weights, ks, queries=queries, transform=transform)
+    found = judge(reader(c, rows, 3, 0), weights, ks, queries=queries, transform=transform)
 
     expected = [[oracle.judged(c, each, k, [0, 3], square=transform == "square") for k in ks] for each in weights]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -157,7 +138,7 @@ def test_a_query_without_scores_is_judged_0() -> None:
     c = contributions()
     c[1] = 0
 
-    found = judge(reader(c), np.full((1, 5), 0.2), [4], queries=np.array([1, 2]), transform="none")
+    found = judge(reader(c, 16, 4, 0), np.full((1, 5), 0.2), [4], queries=np.array([1, 2]), transform="none")
 
     assert found[0, 0] == pytest.approx(oracle.judged(c, np.full(5, 0.2), 4, [2]) / 2)
 
@@ -167,8 +148,8 @@ def test_memory_does_not_grow_with_rows() -> None:
     for num_rows in (10_000, 40_000):
         c = np.random.default_rng(0).standard_normal((2, num_rows, 8)).astype(np.float32)
         tracemalloc.start()
-        judge(reader(c, 1000), weights, [50], queries=np.arange(2), transform="none")
-        read_best_rows(reader(c, 1000), weights[0], count=50, transform="none", num_queries=2)
+        judge(reader(c, 1000, 4, 0), weights, [50], queries=np.arange(2), transform="none")
+        read_best_rows(reader(c, 1000, 4, 0), weights[0], count=50, transform="none", num_queries=2)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
 
@@ -178,14 +159,14 @@ def test_memory_does_not_grow_with_rows() -> None:
 def test_what_cannot_be_judged_is_refused() -> None:
     c, uniform = contributions(), np.full((1, 5), 0.2)
     with pytest.raises(SpecError, match=r"learn\.k: found 61; accepted: 1 to 60"):
-        judge(reader(c), uniform, [3, 61], queries=np.array([2]), transform="none")
+        judge(reader(c, 16, 4, 0), uniform, [3, 61], queries=np.array([2]), transform="none")
     with pytest.raises(SpecError, match=r"data\.learn: found 0 queries"):
-        judge(reader(c), uniform, [3], queries=np.array([], np.int64), transform="none")
+        judge(reader(c, 16, 4, 0), uniform, [3], queries=np.array([], np.int64), transform="none")
     c[4, 23, 2] = np.nan
     with pytest.raises(DataError, match="contributions of query 4: training row 23 of group 2 is nan"):
-        judge(reader(c), uniform, [3], queries=np.array([4]), transform="none")
+        judge(reader(c, 16, 4, 0), uniform, [3], queries=np.array([4]), transform="none")
     with pytest.raises(DataError, match="contributions of query 4: training row 23 of group 2 is nan"):
-        read_best_rows(reader(c), uniform[0], count=3, transform="none", num_queries=6)
+        read_best_rows(reader(c, 16, 4, 0), uniform[0], count=3, transform="none", num_queries=6)
 
 
 def test_gain_is_the_mean_ratio_to_uniform_weights() -> None:

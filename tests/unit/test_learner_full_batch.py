@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,16 @@ import pytest
 
 from gradstore.errors import DataError, SpecError
 from gradstore.numerics.learner import (
-    FullBatch,
+    Certification,
     FullBatchSettings,
     FullBatchWeights,
-    KeptRows,
     Objective,
     learn_full_batch,
 )
 from gradstore.numerics.moments import first_guess, kept_rows
 from gradstore.numerics.scores import Transform
 from tests import oracle
+from tests.tensors import contributions, keep, moments, reader
 
 PLENTY = 2**40
 POSITIVES = [np.array(rows, np.int64) for rows in ([3], [59, 0], [], [8, 9, 10, 17], [20, 21], [5, 6])]
@@ -36,31 +36,6 @@ SETTINGS = [
     FullBatchSettings(objective="pairs", transform="square", weight_decay=0.1),
     FullBatchSettings(k=5, start=(0.6, 0.1, 0.1, 0.1, 0.1)),
 ]
-
-
-def contributions(num_queries: int = 6, num_rows: int = 60, num_groups: int = 5) -> np.ndarray:
-    draw = np.random.default_rng(1)
-    signal = draw.standard_normal((num_queries, num_rows, 1)) ** 3 * draw.random(num_groups)
-    noise = draw.standard_normal((num_queries, num_rows, num_groups)) * (0.5 + 3 * draw.random(num_groups))
-    return (signal + noise).astype(np.float32)
-
-
-def moments(c: np.ndarray) -> np.ndarray:
-    c = c.astype(np.float64)
-    return np.asarray(c.transpose(0, 2, 1) @ c)
-
-
-def reader(c: np.ndarray) -> Callable[[], Iterator[tuple[int, np.ndarray, np.ndarray]]]:
-    def read() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for start in range(0, c.shape[1], 16):
-            yield 0, np.arange(start, min(start + 16, c.shape[1])), c[:, start : start + 16]
-
-    return read
-
-
-def keep(c: np.ndarray, rows: list[int]) -> KeptRows:
-    chosen = np.array(rows, np.int64)
-    return KeptRows([chosen] * len(c), [c_nm[chosen] for c_nm in c], num_groups=c.shape[2])
 
 
 def solve(c: np.ndarray, *settings: FullBatchSettings, rows: list[int] | None = None) -> list[FullBatchWeights]:
@@ -152,7 +127,7 @@ def test_from_the_best_rows_of_uniform_weights_it_is_the_minimum_of_all_rows_in_
     other = c[:, np.random.default_rng(0).permutation(500)]
     settings = [FullBatchSettings(k=k, weight_decay=0.02, transform=transform) for k in (3, 10)]
 
-    def solved(c: np.ndarray, count: int) -> FullBatch:
+    def solved(c: np.ndarray, count: int) -> Certification[FullBatchWeights]:
         second_moments, kept = first_guess(reader(c), np.full(5, 0.2), count=count, transform=transform, num_queries=6)
         return learn_full_batch(second_moments, kept, reader(c), settings=settings, limit_bytes=PLENTY)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,23 +18,13 @@ from gradstore.numerics.learner import (
     with_noise,
 )
 from gradstore.numerics.moments import first_guess
-
-Reader = Callable[[], Iterator[tuple[int, np.ndarray, np.ndarray]]]
+from tests.tensors import Reader, reader
 
 
 def contributions(num_queries: int = 3, num_rows: int = 600, num_groups: int = 5) -> np.ndarray:
     draw = np.random.default_rng(1)
     c = draw.standard_normal((num_queries, num_rows, num_groups)) * [1, 10, 0.1, 1, 3] + [0, 1e4, 0, 1, -7]
     return c.astype(np.float32)
-
-
-def reader(c: np.ndarray, rows: int = 100, queries: int = 2) -> Reader:
-    def read() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for q in range(0, len(c), queries):
-            for n in range(0, c.shape[1], rows):
-                yield q, np.arange(n, min(n + rows, c.shape[1])), c[q : q + queries, n : n + rows]
-
-    return read
 
 
 def gathered(read: Reader, shape: tuple[int, ...]) -> np.ndarray:
@@ -48,7 +38,7 @@ def gathered(read: Reader, shape: tuple[int, ...]) -> np.ndarray:
 def test_deviations_are_those_of_every_group_over_queries_and_rows(rows: int) -> None:
     c = contributions()
 
-    found = deviations(reader(c, rows))
+    found = deviations(reader(c, rows, 2))
 
     np.testing.assert_allclose(found, c.astype(np.float64).reshape(-1, 5).std(0), rtol=1e-12)
 
@@ -58,19 +48,19 @@ def test_blocks_without_valid_rows_measure_nothing() -> None:
 
     def read() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         yield 0, np.empty(0, np.int64), c[:, :0]
-        yield from reader(c)()
+        yield from reader(c, 100, 2)()
 
-    np.testing.assert_array_equal(deviations(read), deviations(reader(c)))
+    np.testing.assert_array_equal(deviations(read), deviations(reader(c, 100, 2)))
     assert gathered(noisy(read, np.ones(5), 0), c.shape).shape == c.shape
     with pytest.raises(SpecError, match=r"data\.learn: found no contributions"):
-        deviations(reader(c[:0]))
+        deviations(reader(c[:0], 100, 2))
 
 
 def test_deviations_of_numbers_that_are_not_finite_are_refused() -> None:
     c = contributions()
     c[1, 250, 3] = np.inf
     with pytest.raises(DataError, match="contributions of query 1: training row 250 of group 3 is inf"):
-        deviations(reader(c))
+        deviations(reader(c, 100, 2))
 
 
 @pytest.mark.parametrize(("rows", "queries"), [(1, 1), (77, 3), (600, 2)])
@@ -79,9 +69,9 @@ def test_every_read_gives_the_same_noise_whatever_its_pieces(rows: int, queries:
 
     found = gathered(noisy(reader(c, rows, queries), deviation, 7), c.shape)
 
-    np.testing.assert_array_equal(found, gathered(noisy(reader(c), deviation, 7), c.shape))
+    np.testing.assert_array_equal(found, gathered(noisy(reader(c, 100, 2), deviation, 7), c.shape))
     np.testing.assert_array_equal(found[:, :, 2], c[:, :, 2])
-    assert (found != gathered(noisy(reader(c), deviation, 8), c.shape))[:, :, 3].mean() > 0.9
+    assert (found != gathered(noisy(reader(c, 100, 2), deviation, 8), c.shape))[:, :, 3].mean() > 0.9
 
 
 def test_rows_with_gaps_and_in_no_order_have_the_noise_of_their_numbers() -> None:
@@ -112,7 +102,7 @@ def test_noise_is_normal_and_independent() -> None:
 
 def test_weights_of_noisy_contributions_are_certified() -> None:
     c, settings = contributions(), LearnerSettings(k=4, epochs=3)
-    read = noisy(reader(c), 0.5 * deviations(reader(c)), 3)
+    read = noisy(reader(c, 100, 2), 0.5 * deviations(reader(c, 100, 2)), 3)
     whole = gathered(read, c.shape)
 
     second_moments, kept = first_guess(read, np.full(5, 0.2), count=20, transform="none", num_queries=3)
@@ -125,7 +115,7 @@ def test_weights_of_noisy_contributions_are_certified() -> None:
     clean = learn_certified(
         np.stack([each.T @ each for each in c.astype(np.float64)]),
         KeptRows([np.empty(0, np.int64)] * 3, [c[0, :0]] * 3, num_groups=5),
-        reader(c),
+        reader(c, 100, 2),
         settings=[settings],
         limit_bytes=2**30,
     )

@@ -57,7 +57,7 @@ def test_the_scores_of_every_weighting_are_the_oracles_and_nan_where_a_row_is_no
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So that the queries of a block are read in several parts.
-    monkeypatch.setattr("gradstore.stages.score.matrices.verified_queries", lambda *_: 2)
+    monkeypatch.setattr("gradstore.stages.contributions.verified_queries", lambda *_: 2)
 
     _, store = scored(random_store(invalid=INVALID), {"contribute": {"dtype": dtype}})
 

@@ -18,10 +18,10 @@ from gradstore.numerics.learner.algorithm import (
     visit_order,
     visit_query,
 )
-from gradstore.numerics.learner.certificate import Certificate
-from gradstore.numerics.learner.certified import Certification, CertifiedWeights, learn_certified
+from gradstore.numerics.learner.certificate import Certificate, Certification
+from gradstore.numerics.learner.certified import CertifiedWeights, learn_certified
 from gradstore.numerics.learner.closed_form import closed_form_weights
-from gradstore.numerics.learner.full_batch import FullBatch, FullBatchSettings, FullBatchWeights, learn_full_batch
+from gradstore.numerics.learner.full_batch import FullBatchSettings, FullBatchWeights, learn_full_batch
 from gradstore.numerics.learner.judging import gain, judge
 from gradstore.numerics.learner.kept import KeptRows, Piece, best_rows
 from gradstore.numerics.learner.noise import deviations, noisy, with_noise
@@ -34,7 +34,6 @@ __all__ = [
     "Certification",
     "CertifiedWeights",
     "Descent",
-    "FullBatch",
     "FullBatchSettings",
     "FullBatchWeights",
     "KeptRows",

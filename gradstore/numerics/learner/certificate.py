@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -15,6 +16,8 @@ from gradstore.numerics.learner.trajectory import Trajectory
 from gradstore.numerics.learner.verification import Verification
 
 # Q queries, M groups, K rows of a query.
+
+T = TypeVar("T")
 
 # Norms by A_q and by float32 scores differ by less, if A_q is of this C and no cancellation spoils it.
 NORM_TOLERANCE = 1e-3
@@ -50,11 +53,19 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Verdict:
-    """What became of each setting, by its place: its visits are all those of the whole C, or there is a reason why not."""
+class Certification(Generic[T]):
+    """What became of each setting, by its place in the list: it is in one of the two.
 
-    certificates: dict[int, Certificate]
-    reasons: dict[int, str]
+    Attributes
+    ----------
+    certified
+        What was found of it, whose visits are all those of the whole C.
+    uncertified
+        Why nothing was: these settings need `learn_weights`.
+    """
+
+    certified: dict[int, T]
+    uncertified: dict[int, str]
 
 
 def certify(
@@ -65,7 +76,7 @@ def certify(
     second_moments_QMM: Float64[np.ndarray, "Q M M"],
     kept: KeptRows,
     limit_bytes: int,
-) -> Verdict:
+) -> Certification[Certificate]:
     """Run visits on the rows kept, verify them in a read of C, keep the rows that they lacked, and again until none is lacking.
 
     Parameters
@@ -91,7 +102,8 @@ def certify(
         If C holds NaN or infinite values, or A_q does though C does not.
     """
     _refuse_non_finite_guess(second_moments_QMM, kept, read)
-    pending, verdict = dict(trajectories), Verdict(certificates={}, reasons={})
+    pending = dict(trajectories)
+    found: Certification[Certificate] = Certification(certified={}, uncertified={})
     wanted = next((each.positives for each in pending.values() if each.positives is not None), [])
     missing = [rows_K[~kept.holds(query, rows_K)] for query, rows_K in enumerate(wanted)]
     full = kept.num_bytes + sum(map(len, missing)) * kept.row_bytes > limit_bytes
@@ -106,11 +118,11 @@ def certify(
         added.append(verification.finish())
         full = verification.full
         for place, trajectory in list(pending.items()):
-            if _is_decided(place, trajectory, verdict, kept=kept, added=added):
+            if _is_decided(place, trajectory, found, kept=kept, added=added):
                 del pending[place]
     message = f"it needs more rows than {limit_bytes} bytes hold, which is the limit of kept rows; {len(added)} reads were made"
-    verdict.reasons.update(dict.fromkeys(pending, message))
-    return verdict
+    found.uncertified.update(dict.fromkeys(pending, message))
+    return found
 
 
 def _fetched(
@@ -125,18 +137,20 @@ def _fetched(
     return [sum(map(len, missing))]
 
 
-def _is_decided(place: int, trajectory: Trajectory, verdict: Verdict, *, kept: KeptRows, added: list[int]) -> bool:
-    """Whether a setting needs no further read, after the verdict was filled in."""
+def _is_decided(
+    place: int, trajectory: Trajectory, found: Certification[Certificate], *, kept: KeptRows, added: list[int]
+) -> bool:
+    """Whether a setting needs no further read, after what was found of it was filled in."""
     error = float(trajectory.norm_errors_T[: trajectory.settled].max(initial=0))
     if not error <= NORM_TOLERANCE:
-        verdict.reasons[place] = (
+        found.uncertified[place] = (
             f"||S|| by the second moments A_q differs from that of the scores by {error:.2g} of it, above {NORM_TOLERANCE:.2g}: "
             "either they are not of this C, or the scores of its groups cancel"
         )
         return True
     if trajectory.settled < len(trajectory.visits):
         return False
-    verdict.certificates[place] = Certificate(
+    found.certified[place] = Certificate(
         reads=len(added),
         added=tuple(added),
         kept_rows=kept.most,

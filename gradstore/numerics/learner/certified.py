@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from gradstore.numerics.learner.algorithm import LearnedWeights, refuse_no_query
-from gradstore.numerics.learner.certificate import Certificate, certify
+from gradstore.numerics.learner.certificate import Certificate, Certification, certify
 from gradstore.numerics.learner.kept import KeptRows, Piece
 from gradstore.numerics.learner.positives import given_positives
 from gradstore.numerics.learner.settings import ENDS, LearnerSettings
@@ -36,22 +36,6 @@ class CertifiedWeights:
     certificate: Certificate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Certification:
-    """What became of each setting, by its place in the list: it is in one of the two.
-
-    Attributes
-    ----------
-    certified
-        Weights and certificates.
-    uncertified
-        Why there are none: these settings need `learn_weights`.
-    """
-
-    certified: dict[int, CertifiedWeights]
-    uncertified: dict[int, str]
-
-
 def learn_certified(
     second_moments_QMM: Float64[np.ndarray, "Q M M"],
     kept: KeptRows,
@@ -60,7 +44,7 @@ def learn_certified(
     settings: Sequence[LearnerSettings],
     limit_bytes: int,
     positives: Sequence[Int64[np.ndarray, " _"]] | None = None,
-) -> Certification:
+) -> Certification[CertifiedWeights]:
     """Fit the weights of Algorithm 1 for one or more settings, reading C a few times in all.
 
     The result is that of `learn_weights` on the same C, to rounding (see the module). Memory is the kept rows, A_q, 16 E Q M
@@ -101,16 +85,14 @@ def learn_certified(
         for together in _by_order(list(pending.values())):
             run_visits(together, second_moments_QMM, kept)
 
-    verdict = certify(
-        trajectories, run, read, second_moments_QMM=second_moments_QMM, kept=kept, limit_bytes=limit_bytes
-    )
+    found = certify(trajectories, run, read, second_moments_QMM=second_moments_QMM, kept=kept, limit_bytes=limit_bytes)
     message = "its objective {!r} asks for the lowest scores too, and reads are verified for the highest"
     others = {place: message.format(each.objective) for place, each in enumerate(settings) if place not in trajectories}
     certified = {
         place: CertifiedWeights(learned=trajectories[place].learned(), certificate=certificate)
-        for place, certificate in verdict.certificates.items()
+        for place, certificate in found.certified.items()
     }
-    return Certification(certified=certified, uncertified=others | verdict.reasons)
+    return Certification(certified=certified, uncertified=others | found.uncertified)
 
 
 def _by_order(trajectories: list[Trajectory]) -> list[list[Trajectory]]:

@@ -27,7 +27,7 @@ from jaxtyping import Float64, Int64
 
 from gradstore.errors import SpecError
 from gradstore.numerics.learner.algorithm import loss_and_gradient, raw_weights, refuse_no_query, softmax
-from gradstore.numerics.learner.certificate import Certificate, certify
+from gradstore.numerics.learner.certificate import Certificate, Certification, certify
 from gradstore.numerics.learner.kept import KeptRows, Piece
 from gradstore.numerics.learner.positives import given_positives
 from gradstore.numerics.learner.settings import ENDS, LearnerSettings, Objective, refuse_start
@@ -112,14 +112,6 @@ class FullBatchWeights:
     certificate: Certificate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class FullBatch:
-    """What became of each setting, by its place in the list: there are weights, or there is a reason why not."""
-
-    certified: dict[int, FullBatchWeights]
-    uncertified: dict[int, str]
-
-
 def learn_full_batch(
     second_moments_QMM: Float64[np.ndarray, "Q M M"],
     kept: KeptRows,
@@ -128,7 +120,7 @@ def learn_full_batch(
     settings: Sequence[FullBatchSettings],
     limit_bytes: int,
     positives: Sequence[Int64[np.ndarray, " _"]] | None = None,
-) -> FullBatch:
+) -> Certification[FullBatchWeights]:
     """Minimise the loss of Algorithm 1 over all queries at once, for one or more settings, reading C a few times in all.
 
     See the module for what is minimised, `learn_certified` for the arguments, and `learn_weights` for what the losses are.
@@ -158,21 +150,19 @@ def learn_full_batch(
             function = _Function(settings[place], trajectory, second_moments_QMM, kept)
             minima[place] = _minimise(settings[place], function, num_groups)
 
-    verdict = certify(
-        trajectories, run, read, second_moments_QMM=second_moments_QMM, kept=kept, limit_bytes=limit_bytes
-    )
+    found = certify(trajectories, run, read, second_moments_QMM=second_moments_QMM, kept=kept, limit_bytes=limit_bytes)
     certified = {}
-    for place, certificate in verdict.certificates.items():
-        found = minima[place]
+    for place, certificate in found.certified.items():
+        minimum = minima[place]
         certified[place] = FullBatchWeights(
-            weights=found.weights,
-            loss=found.loss,
-            gradient=found.gradient,
-            iterations=found.iterations,
-            converged=found.gradient <= settings[place].tolerance,
+            weights=minimum.weights,
+            loss=minimum.loss,
+            gradient=minimum.gradient,
+            iterations=minimum.iterations,
+            converged=minimum.gradient <= settings[place].tolerance,
             certificate=certificate,
         )
-    return FullBatch(certified=certified, uncertified=verdict.reasons)
+    return Certification(certified=certified, uncertified=found.uncertified)
 
 
 def _two_visits(settings: FullBatchSettings) -> LearnerSettings:

@@ -131,6 +131,23 @@ def tiles_of(spec: RunSpec, store: FeatureStore, target: Target) -> tuple[int, i
     return queries, query_tile((queries, train.rows, len(train.arrays)), train.block_rows, dtype)
 
 
+def contribution_shape(
+    spec: RunSpec, store: FeatureStore, target: Target, rounding: QueryRounding
+) -> ContributionShape:
+    """Shape of C of a target, whether it is stored or built."""
+    train = store.open_set("train").info
+    queries, tile = tiles_of(spec, store, target)
+    return ContributionShape(
+        queries=queries,
+        rows=train.rows,
+        gaps=train.gaps,
+        groups=tuple(array.name for array in train.arrays),
+        block_rows=train.block_rows,
+        query_tile=tile,
+        dtype=rounding.dtype,
+    )
+
+
 def passes_of(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> tuple[int, int]:
     """(Parts that queries of each stack are cut into, passes that all take over the features)."""
     train, members = store.open_set("train").info, spec.model.etas
@@ -173,22 +190,12 @@ def spans_of(spec: RunSpec, store: FeatureStore, targets: Sequence[Target]) -> l
 def _create_contributions(
     spec: RunSpec, store: FeatureStore, target: Target, settings: Mapping[str, Any], rounding: QueryRounding
 ) -> None:
-    train = store.open_set("train").info
-    queries, tile = tiles_of(spec, store, target)
     ContributionArtifact.create(
         store.storage,
         target.kernel,
         target.set_name,
         settings=settings,
-        shape=ContributionShape(
-            queries=queries,
-            rows=train.rows,
-            gaps=train.gaps,
-            groups=tuple(array.name for array in train.arrays),
-            block_rows=train.block_rows,
-            query_tile=tile,
-            dtype=rounding.dtype,
-        ),
+        shape=contribution_shape(spec, store, target, rounding),
         scales=rounding.scales,
     )
 

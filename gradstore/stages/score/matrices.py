@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from gradstore.plan.sizes import LEARNER_BUFFERS, verified_queries
+from gradstore.plan.sizes import LEARNER_BUFFERS
 from gradstore.stages.contributions import StoredContributions
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.sources import Method
@@ -44,7 +44,7 @@ def write_matrices(
     left = sum(rows[block] for block in blocks)
     with progress.stage("score matrices", sum(rows), "rows", sum(rows) - left) as advance:
         s_QNV = np.empty((made.shape.queries, made.shape.block_rows, len(methods)), np.float32)
-        for block, first, c_QNM in _read(made, blocks):
+        for block, first, c_QNM in _read(contributions, blocks):
             queries, size, _ = c_QNM.shape
             s_QNV[first : first + queries, :size] = c_QNM @ weights_MV
             if first + queries < made.shape.queries:
@@ -69,18 +69,19 @@ def _create(store: FeatureStore, made: ContributionArtifact, method: Method) -> 
     )
 
 
-def _read(made: ContributionArtifact, blocks: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(Block, first query, C [q, n, M]): all queries of a block, some whole tiles at a time, before those of the next."""
-    shape = made.shape
-    size = verified_queries((shape.queries, len(shape.groups)), shape.block_rows, shape.query_tile)
-    steps = [(block, first) for block in blocks for first in range(0, shape.queries, size)]
+def _read(contributions: StoredContributions, blocks: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(Block, first query, C [q, n, M]): all queries of a block, some at a time, before those of the next."""
+    shape, read = contributions.shape, contributions.artifact.read
+    slices = contributions.slices(0, shape.queries)
+    steps = [(block, *queries) for block in blocks for queries in slices]
 
     def begin(
-        pool: ThreadPoolExecutor, step: tuple[int, int], buffer: np.ndarray
+        pool: ThreadPoolExecutor, step: tuple[int, int, int], buffer: np.ndarray
     ) -> Callable[[], tuple[int, int, np.ndarray]]:
-        block, first = step
-        reading = pool.submit(made.read, first, min(first + size, shape.queries), block, buffer)
+        block, first, last = step
+        reading = pool.submit(read, first, last, block, buffer)
         return lambda: (block, first, reading.result())
 
-    buffers = [aligned((size, shape.block_rows, len(shape.groups))) for _ in range(LEARNER_BUFFERS)]
+    most = max(last - first for first, last in slices)
+    buffers = [aligned((most, shape.block_rows, len(shape.groups))) for _ in range(LEARNER_BUFFERS)]
     return read_ahead(steps, buffers, begin, threads=1)
