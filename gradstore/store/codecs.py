@@ -136,13 +136,26 @@ def decode_table(data: bytes, columns: Sequence[str] | None = None, *, verify: b
     """
     names = None if columns is None else list(columns)
     try:
-        return pq.read_table(pa.BufferReader(data), columns=names, page_checksum_verification=verify)
+        return _read_table(data, names, verify=verify)
     except (pa.ArrowException, OSError) as error:
         if not verify:
             raise
         raise IntegrityError(
             f"a table is damaged: {error}. Run `gradstore repair`, then the same command again."
         ) from error
+
+
+def _read_table(data: bytes, names: list[str] | None, *, verify: bool) -> pa.Table:
+    """Read parquet in this thread.
+
+    pyarrow's own `read_table` reads ahead in threads that may outlive it and hold ``data`` still. One that gives it back while
+    the process ends aborts that.
+    """
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=verify)
+    if names is not None and (missing := [name for name in names if name not in file.schema_arrow.names]):
+        raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}")
+    table = file.read(columns=names, use_threads=False)
+    return table if names is None else table.select(names)
 
 
 def encode_document(value: Mapping[str, Any]) -> Payload:
@@ -224,7 +237,7 @@ def _inspect_chunk(data: bytes, *, layout: ArrayLayout) -> str | None:
 
 def _inspect_table(data: bytes) -> str | None:
     try:
-        pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        _read_table(data, None, verify=True)
     except (pa.ArrowException, OSError):
         return None
     return checksum(data)

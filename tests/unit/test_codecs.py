@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -155,3 +157,15 @@ def test_what_is_no_document_is_refused_in_one_line_with_its_name_and_the_way_ou
     assert reason in message
     assert str(data) not in message or not data
     assert "\n" not in message
+
+
+def test_a_table_is_read_by_no_thread_that_may_outlive_the_process() -> None:
+    script = (
+        "import os; import pyarrow as pa; import pyarrow.parquet as pq; from gradstore.store.codecs import decode_table; "
+        "sink = pa.BufferOutputStream(); pq.write_table(pa.table({'row': [0, 1], 'id': ['a', 'b']}), sink); "
+        "data = sink.getvalue().to_pybytes(); before = os.listdir('/proc/self/task'); "
+        "assert decode_table(data, ['id', 'row']).to_pydict() == {'id': ['a', 'b'], 'row': [0, 1]}; "
+        "assert os.listdir('/proc/self/task') == before"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

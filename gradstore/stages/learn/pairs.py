@@ -142,7 +142,7 @@ def _from_parquet(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(io.BytesIO(content))
+        table = parquet.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as parquet: {error}.") from error
     yield from enumerate(table.to_pylist(), start=1)
