@@ -32,7 +32,9 @@ def query(  # noqa: PLR0913 - typer takes a command's options from its parameter
         list[str] | None,
         typer.Option("--weights", help="Names of weights; by default all that were learned under the kernel."),
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="How many proponents, and how many opponents.")] = 10,
+    k: Annotated[
+        int, typer.Option("--k", help="How many proponents, and how many opponents; above 100 every row is scored.")
+    ] = 10,
     by: Annotated[
         Literal["group", "depth", "function"], typer.Option("--by", help="What parts of scores are told of.")
     ] = "group",

@@ -137,13 +137,11 @@ def test_queries_that_are_not_finite_are_refused_where_the_stores_own_may_be_so(
     for stage in (featurize, build_kernel):
         stage(spec, cast(Engine, InThisProcess()), Progress(quiet=True))
 
-    with (
-        Session(spec.run.store) as session,
-        pytest.raises(DataError, match=r"^second: the model's output or gradient is not finite"),
-    ):
-        session.query_all(
-            [{"id": name, "inputs": {"x": [x, 1.0, 1.0]}} for name, x in (("first", 1.0), ("second", nan))]
-        )
+    records = [{"id": name, "inputs": {"x": [x, 1.0, 1.0]}} for name, x in (("first", 1.0), ("second", nan))]
+    with Session(spec.run.store) as session:
+        with pytest.raises(DataError, match=r"^second: the model's output or gradient is not finite"):
+            session.query_all(records)
+        assert not [info for info in session._overlay._written.list_objects("") if "/query-" in info.path]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import dask
 import pytest
+import torch
 
 from gradstore.cluster import Engine
 from gradstore.cluster.kinds.kubernetes import read_manifest, sized, wanted_workers
@@ -38,6 +39,13 @@ def test_no_cluster_starts_for_no_tasks() -> None:
     with Engine(ClusterSection(workers=1), announced.append) as engine:
         assert list(engine.run([])) == []
     assert announced == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_runs() -> None:
+    with pytest.raises(SpecError, match=r'cluster\.device: found "cuda", and torch finds no CUDA device'):
+        Engine(ClusterSection(device="cuda"))
+    Engine(ClusterSection(kind="scheduler", address="tls://host:1", device="cuda"))
 
 
 def test_a_scheduler_needs_an_address() -> None:

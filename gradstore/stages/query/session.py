@@ -133,7 +133,7 @@ class Session:
         index
             A stored row, such as ``eval:12``; for it no model is loaded.
         k
-            How many examples of the highest, and of the lowest scores.
+            How many examples of the highest, and of the lowest scores; a sketch is of use up to 100.
         truncate
             Whether a query that is longer than data.eval.length is cut to it.
         exact

@@ -10,7 +10,7 @@ from gradstore.errors import SpecError
 from gradstore.store.backend.cache import cached
 from gradstore.store.backend.directory import DirectoryStorage
 from gradstore.store.backend.memory import MemoryStorage
-from gradstore.store.backend.overlay import OverlayStorage, is_layer
+from gradstore.store.backend.overlay import OverlayStorage, layer_of
 from gradstore.store.backend.protocol import ObjectInfo, Part, Range, Storage
 
 __all__ = ["ObjectInfo", "Part", "Range", "Storage", "open_storage"]
@@ -50,8 +50,8 @@ def open_storage(url: str, *, copies: bool = True) -> Storage:
         return DirectoryStorage(Path(unquote(urlsplit(url).path)).absolute(), _durable())
     if scheme == "memory":
         return MemoryStorage(rest.strip("/"))
-    if is_layer(url):
-        name, _, base = rest.partition("/")
+    if (layer := layer_of(url)) is not None:
+        name, base = layer
         return OverlayStorage(name, open_storage(base, copies=copies))
     if scheme == "s3":
         storage = _open_s3(url, *rest.rstrip("/").partition("/")[::2])

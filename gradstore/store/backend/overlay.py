@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Final, TypeVar
+from uuid import uuid4
 
 from gradstore.errors import ObjectMissingError
 from gradstore.store.backend.memory import MemoryStorage
@@ -15,20 +16,22 @@ T = TypeVar("T")
 SCHEME: Final = "overlay"
 
 
-_LAYERS: Final = set[str]()
-"""Names of this process's layers."""
+# What nobody else can write: a layer that users name themselves would lose what they write in it.
+_PROCESS: Final = uuid4().hex
 
 
 def overlay_url(name: str, base_url: str) -> str:
     """URL of a layer over the storage of a URL: all of one name in this process are the same."""
-    _LAYERS.add(name)
-    return f"{SCHEME}://{name}/{base_url}"
+    return f"{SCHEME}://{_PROCESS}.{name}/{base_url}"
 
 
-def is_layer(url: str) -> bool:
-    """Whether a URL is of a layer that this process made: what others write in one would be lost."""
-    scheme, _, rest = url.partition("://")
-    return scheme == SCHEME and rest.partition("/")[0] in _LAYERS
+def layer_of(url: str) -> tuple[str, str] | None:
+    """Name and URL of the storage below that `overlay_url` made a URL of; None of other URLs."""
+    prefix = f"{SCHEME}://{_PROCESS}."
+    if not url.startswith(prefix):
+        return None
+    name, _, base = url.removeprefix(prefix).partition("/")
+    return name, base
 
 
 class OverlayStorage:
