@@ -45,6 +45,8 @@ def expected() -> dict[str, bytes]:
     return undisturbed(INFO)
 
 
+# Of s3fs, which is slower and no default, faults come together, below.
+@pytest.mark.parametrize("client", ["obstore"], indirect=True)
 @pytest.mark.parametrize("kind", FAULTS)
 def test_one_kind_of_fault_alone_leaves_no_wrong_byte(
     seaweed: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], client: str, kind: str

@@ -29,19 +29,20 @@ from tests.synthetic import make
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+ROWS = 640
 ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeparateCluster]:
-    with SeparateCluster(tmp_path_factory.mktemp("cluster"), 2, ENVIRONMENT) as started:
+def cluster(tmp_path_factory: pytest.TempPathFactory, seaweed: S3Server) -> Iterator[SeparateCluster]:
+    with SeparateCluster(tmp_path_factory.mktemp("cluster"), 2, {**ENVIRONMENT, **seaweed.env}) as started:
         yield started
 
 
 @pytest.fixture
 def spec(tmp_path: Path) -> RunSpec:
     """A run of 40 blocks, which takes some seconds."""
-    return make(tmp_path / "run", rows=640)
+    return make(tmp_path / "run", rows=ROWS)
 
 
 def run_of(spec: RunSpec) -> Path:
@@ -86,7 +87,7 @@ def results(spec: RunSpec) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an embedded cluster of one worker makes of the same run."""
-    spec = make(tmp_path_factory.mktemp("expected") / "run", rows=640)
+    spec = make(tmp_path_factory.mktemp("expected") / "run", rows=ROWS)
     done = gradstore("run", run_of(spec), "--quiet")
     assert done.returncode == 0, done.stderr
     return results(spec)
@@ -194,24 +195,26 @@ def test_a_job_waits_for_the_one_that_it_is_to_come_after(cluster: SeparateClust
 
 
 def test_a_job_on_s3_is_seen_stopped_and_resumed_by_whoever_has_the_bucket(
-    seaweed: S3Server, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes], tmp_path: Path
+    cluster: SeparateCluster,
+    seaweed: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
     for name, value in seaweed.env.items():
         monkeypatch.setenv(name, value)
-    spec = make(tmp_path / "run", rows=640, store=seaweed.url("jobs/store"))
-    with SeparateCluster(tmp_path / "cluster", 2, ENVIRONMENT) as cluster:
-        to_it = ("--scheduler", cluster.address, "--json")
-        done = gradstore("submit", tmp_path / "run" / "run.toml", *to_it)
-        assert done.returncode == 0, done.stderr
-        job = json.loads(done.stdout)["id"]
-        wait_until_committed(spec, 5)
-        ask("cancel", spec, job)
-        assert ask("show", spec, job, "--wait", code=130)["state"] == "cancelled"
-        listed = gradstore("jobs", "list", spec.run.store, "--json")
-        assert [found["state"] for found in json.loads(listed.stdout)["jobs"]] == ["cancelled"]
-        assert ask("resume", spec, job)["began"]
-        assert ask("show", spec, job, "--wait")["state"] == "done"
-        assert ask("logs", spec, job)["lines"]
+    spec = make(tmp_path / "run", rows=ROWS, store=seaweed.url("jobs/store"))
+    done = gradstore("submit", tmp_path / "run" / "run.toml", "--scheduler", cluster.address, "--json")
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)["id"]
+    wait_until_committed(spec, 5)
+    ask("cancel", spec, job)
+    assert ask("show", spec, job, "--wait", code=130)["state"] == "cancelled"
+    listed = gradstore("jobs", "list", spec.run.store, "--json")
+    assert [found["state"] for found in json.loads(listed.stdout)["jobs"]] == ["cancelled"]
+    assert ask("resume", spec, job)["began"]
+    assert ask("show", spec, job, "--wait")["state"] == "done"
+    assert ask("logs", spec, job)["lines"]
     assert results(spec) == expected
 
 
