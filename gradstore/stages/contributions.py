@@ -204,7 +204,7 @@ class ScoreMatrix:
 
 
 def valid_rows_of(store: FeatureStore, set_name: str) -> np.ndarray:
-    """Numbers of the queries that are valid in every member: others have scores of zero, and are judged by nothing."""
+    """Numbers of the rows of a set that are valid in every member; other queries have scores of zero, and are judged by nothing."""
     members = store.open_set(set_name).info.members
     valid = [store.open_set(set_name, member).valid_rows() for member in members]
     return np.flatnonzero(np.logical_and.reduce(valid))

@@ -32,12 +32,11 @@ def update_recall(spec: RunSpec, store: FeatureStore, artifact: SketchArtifact, 
     weights = {name: digest_of(weights_M) for name, weights_M in weightings.items()}
     wanted = {"candidates": spec.sketch.candidates, "recall": spec.sketch.recall}
     before = artifact.read_recall() if artifact.is_complete() else None
-    is_measured = before is not None and weights.items() <= before["weights"].items()
-    if before is not None and is_measured and before["wanted"] == wanted:
+    measured = before if before is not None and weights.items() <= before["weights"].items() else None
+    if measured is not None and measured["wanted"] == wanted:
         return
-    measured = (
-        dict(before) if before is not None and is_measured else _measure(spec, store, artifact, weightings, progress)
-    )
+    if measured is None:
+        measured = _measure(spec, store, artifact, weightings, progress)
     if before is not None:
         artifact.forget_recall("other weights, or another recall is wanted")
     facts = {"seconds": time.monotonic() - started}
