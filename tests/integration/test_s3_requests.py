@@ -230,7 +230,7 @@ def test_a_server_that_never_answers_is_given_up(
     monkeypatch.setenv("GRADSTORE_S3_TIMEOUT_SECONDS", "1")
     with FaultyProxy(server.endpoint, {"silence": 1.0}) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        with pytest.raises(StorageError, match=r"some/object: Unreachable: .* Tried 1 times in [12] seconds"):
+        with pytest.raises(StorageError, match=r"some/object: Unreachable: .* Tried 1 times in \d+ seconds"):
             open_storage(storage.url).publish("some/object", [b"1"])
 
 

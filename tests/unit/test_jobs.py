@@ -16,6 +16,7 @@ from gradstore.errors import IntegrityError, NotReadyError, SpecError
 from gradstore.spec import RunSpec
 from gradstore.stages.gc import collect_garbage
 from gradstore.stages.jobs import Wishes, cancel, exit_code_of, list_jobs, read_lines, resume, show, states, submit
+from gradstore.stages.jobs.keeper import _keep_process
 from gradstore.stages.jobs.report import Report
 from gradstore.stages.jobs.submit import record_of
 from gradstore.stages.progress import Progress
@@ -289,6 +290,15 @@ def test_a_damaged_document_of_a_job_is_found_and_the_job_can_be_forgotten(
     assert removed == [{"path": "jobs/small-1", "stale": {}, "objects": 5}]
     assert check(jobs.storage).problems == ()
     assert list_jobs(jobs.storage.url)["jobs"] == []
+
+
+def test_a_driver_that_comes_second_ends_as_one_and_does_not_end_the_attempt(tmp_path: Path) -> None:
+    jobs = Jobs(open_storage(str(tmp_path / "store")))
+    jobs.create(RECORD)
+    jobs.start("small-1", attempt(1))
+    Report(jobs, "small-1", 1).begin()
+    assert not _keep_process(jobs, "small-1", 1, "tcp://127.0.0.1:1")
+    assert not jobs.sight("small-1").ended
 
 
 @pytest.mark.parametrize(("ended", "code"), [("done", 0), ("failed", 3), ("cancelled", 130)])

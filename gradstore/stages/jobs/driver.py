@@ -17,6 +17,7 @@ from gradstore.cluster import Engine
 from gradstore.errors import GradstoreError, NotReadyError, StoppedError
 from gradstore.spec import RunSpec
 from gradstore.stages.featurize import featurize
+from gradstore.stages.jobs.keeper import BEGUN_BY_ANOTHER
 from gradstore.stages.jobs.report import Report
 from gradstore.stages.jobs.states import state_of
 from gradstore.stages.progress import Progress
@@ -35,11 +36,12 @@ def main() -> None:
     if scheduler:
         threading.Thread(target=_end_with_the_keeper, daemon=True).start()
         _use_certificates_of_the_worker()
-    drive(store_url, job, int(number), scheduler=scheduler[0] if scheduler else None)
+    if not drive(store_url, job, int(number), scheduler=scheduler[0] if scheduler else None):
+        sys.exit(BEGUN_BY_ANOTHER)
 
 
-def drive(store_url: str, job: str, number: int, *, scheduler: str | None = None) -> None:
-    """Drive an attempt at a job to its end, unless somebody does already, and write down how it ended.
+def drive(store_url: str, job: str, number: int, *, scheduler: str | None = None) -> bool:
+    """Drive an attempt at a job to its end and write down how it ended; False if somebody else had begun it before.
 
     Parameters
     ----------
@@ -52,14 +54,14 @@ def drive(store_url: str, job: str, number: int, *, scheduler: str | None = None
     record, attempt = jobs.record(job), jobs.attempt(job, number)
     report = Report(jobs, job, number)
     if not report.begin():
-        return
+        return False
     with report.beating():
         try:
             try:
                 _run(jobs, record, attempt, scheduler, report)
             except KeyboardInterrupt:
                 if report.stop == "superseded":
-                    return
+                    return True
                 raise StoppedError("cancelled. What was committed stays.") from None
         except StoppedError as error:
             report.end("cancelled", error.exit_code)
@@ -71,6 +73,7 @@ def drive(store_url: str, job: str, number: int, *, scheduler: str | None = None
         else:
             report.write("done")
             report.end("done", 0)
+    return True
 
 
 def _run(jobs: Jobs, record: JobRecord, attempt: Attempt, scheduler: str | None, report: Report) -> None:
@@ -108,7 +111,8 @@ def _wait_for(jobs: Jobs, other: str, report: Report) -> None:
 
 def _end_with_the_keeper() -> None:
     """End this process when the worker that keeps it is gone: another drives on."""
-    sys.stdin.buffer.read()
+    # Unbuffered: a thread in the midst of a buffered read aborts the process when it ends by itself.
+    os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 
 

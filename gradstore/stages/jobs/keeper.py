@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Before the tasks of all jobs: one that drives soon lets its worker go on with these.
 PRIORITY = 1_000_000
 RETRIES = 2
+# What a driver ends with where another process had begun its attempt before.
+BEGUN_BY_ANOTHER = 75
 _MOST_TOLD = 2000
 
 
@@ -48,10 +50,13 @@ def keep(store_url: str, job: str, number: int) -> None:
     if sight.ended or sight.cancelled:
         return
     if sight.attempt == number and sight.begun is None:
-        _keep_process(jobs, job, number, get_worker().scheduler.address)
-        return
+        if _keep_process(jobs, job, number, get_worker().scheduler.address):
+            return
+        sight = jobs.sight(job)
+        if sight.ended or sight.cancelled:
+            return
     if sight.attempt == number:
-        # This task has run before, and its worker died with the process.
+        # This task has run before, and its worker died with the process, or dies while that was starting.
         jobs.start(job, replace(jobs.attempt(job, number), number=number + 1, by=myself(), at=now()))
     elif sight.attempt > number + 1 or sight.begun is not None:
         return
@@ -59,17 +64,19 @@ def keep(store_url: str, job: str, number: int) -> None:
     send(get_client(), store_url, (job, number + 1))
 
 
-def _keep_process(jobs: Jobs, job: str, number: int, scheduler: str) -> None:
+def _keep_process(jobs: Jobs, job: str, number: int, scheduler: str) -> bool:
+    """Keep the process that drives an attempt until it ends; False if another process had begun the attempt before."""
     command = [sys.executable, "-m", "gradstore.stages.jobs", jobs.storage.url, job, str(number), scheduler]
     # Its standard input closes with this process, however that ends.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # noqa: S603 - our own
         assert process.stderr is not None, "it is a pipe"
         said = process.stderr.read().decode(errors="replace")
         code = process.wait()
-    if code != 0:
+    if code not in (0, BEGUN_BY_ANOTHER):
         error = TaskError(
             f"the process that drives the job ended with {code} on {myself()}, most likely out of memory. `gradstore jobs "
             "resume` goes on from there."
         )
         told = {"message": str(error), "traceback": said[-_MOST_TOLD:]}
         Report(jobs, job, number).end("failed", error.exit_code, told)
+    return code != BEGUN_BY_ANOTHER
