@@ -16,7 +16,7 @@ import pytest
 from gradstore.store.features import FeatureStore
 from tests.browser import CHROMIUM, Browser, Page
 from tests.runs import command, gradstore
-from tests.slow.conftest import ROOT
+from tests.slow.conftest import quickstart
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_every_article_is_in_one_split_only(demo: Path) -> None:
     store = FeatureStore.open(str(demo / "runs" / "demo"))
     tables = [store.open_set(name).read_examples(["content_hash", "label"]) for name in ("train", "learn", "eval")]
     hashes = [value for table in tables for value in table["content_hash"].to_pylist()]
-    assert len(hashes) == len(set(hashes)) == 520
+    assert len(hashes) == len(set(hashes)) == 280
     assert set(tables[0]["label"].to_pylist()) == {"business", "entertainment", "politics", "sports", "tech"}
 
 
@@ -86,7 +86,8 @@ def test_the_page_of_the_demo_opens_without_complaint_and_without_overflow(
 def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks_and_the_same_bits(
     tmp_path: Path,
 ) -> None:
-    alone, again = (_featurize_fewer(tmp_path / name) for name in ("alone", "again"))
+    fewer = {"rows = 400": "rows = 20", "rows = 60": "rows = 2", "token_budget": "block_rows = 4\ntoken_budget"}
+    alone, again = (quickstart(tmp_path / name, fewer).parent for name in ("alone", "again"))
     done = gradstore("featurize", alone / "run.toml", cwd=alone)
     assert done.returncode == 0, done.stderr
     records = again / "runs" / "demo" / "features" / "train" / "blocks" / "m0"
@@ -114,18 +115,3 @@ def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks
         for block in range(ours.info.num_blocks):
             here, there = ours.read_block(block), theirs.read_block(block)
             assert all(np.array_equal(here[group], there[group]) for group in there)
-
-
-def _featurize_fewer(folder: Path) -> Path:
-    """Make a folder with the demo's run.toml, of fewer articles in smaller blocks."""
-    folder.mkdir()
-    text = (ROOT / "pipelines" / "quickstart" / "run.toml").read_text(encoding="utf-8")
-    for found, wanted in {
-        "rows = 400": "rows = 40",
-        "rows = 60": "rows = 8",
-        "token_budget": "block_rows = 8\ntoken_budget",
-    }.items():
-        assert found in text
-        text = text.replace(found, wanted)
-    (folder / "run.toml").write_text(text, encoding="utf-8")
-    return folder
