@@ -13,10 +13,11 @@ from gradstore.spec import RunSpec
 from gradstore.store.artifacts import ArtifactStatus, KernelArtifact, stale_blocks
 from gradstore.store.artifacts.artifact import VERBS, Artifact
 from gradstore.store.artifacts.staleness import stale_error
-from gradstore.store.features import FeatureStore
+from gradstore.store.features import FeatureStore, Room
 
 if TYPE_CHECKING:
     from gradstore.numerics.kernel import Basis, Spectrum
+    from gradstore.store.artifacts.kernel import Arrays
 
 
 def open_spectra(store: FeatureStore, spec: RunSpec, member: str) -> KernelArtifact:
@@ -77,9 +78,39 @@ def read_spectrum(artifact: KernelArtifact, group: str) -> Spectrum:
     NotReadyError
         If the group's bundle is not committed.
     """
+    return _spectrum(artifact, artifact.read(group))
+
+
+class KeptSpectra:
+    """Spectra that stay in memory once they were read, as far as it goes.
+
+    Parameters
+    ----------
+    room
+        Memory for them.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._found: dict[tuple[str, str, str], Spectrum] = {}
+
+    def read(self, artifact: KernelArtifact, group: str) -> Spectrum:
+        """See `read_spectrum`."""
+        key = artifact.folder, group, artifact.attempt(group)
+        if key in self._found:
+            return self._found[key]
+        arrays = artifact.read(group)
+        spectrum, num_bytes = _spectrum(artifact, arrays), sum(array.nbytes for array in arrays)
+        if self._room.has(num_bytes):
+            self._room.take(num_bytes)
+            self._found[key] = spectrum
+        return spectrum
+
+
+def _spectrum(artifact: KernelArtifact, arrays: Arrays) -> Spectrum:
     from gradstore.numerics.kernel import Spectrum
 
-    eigenvalues, *matrices = artifact.read(group)
+    eigenvalues, *matrices = arrays
     return Spectrum(eigenvalues=eigenvalues, basis=_basis(artifact, matrices))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gradstore.errors import ObjectMissingError
-from gradstore.store.features import FeatureSet, FeatureStore, KeepingReader, KeptBlocks
+from gradstore.store.features import FeatureSet, FeatureStore, KeepingReader, KeptBlocks, Room
 from tests import stores
 
 _NAMES = count()
@@ -51,7 +51,7 @@ def lose(members: list[FeatureSet], block: int) -> None:
 def test_every_reading_gives_the_same_pieces_and_whole_blocks_come_from_memory(
     members: list[FeatureSet], memory_bytes: int, stay: int
 ) -> None:
-    kept = KeptBlocks(memory_bytes)
+    kept = KeptBlocks(Room(memory_bytes))
     first = read(kept, members)
     storage = members[0].storage
     # What is gone from the storage can only come from memory.
@@ -69,7 +69,7 @@ def test_every_reading_gives_the_same_pieces_and_whole_blocks_come_from_memory(
 
 
 def test_a_block_that_was_not_read_to_its_end_is_not_kept(members: list[FeatureSet]) -> None:
-    kept = KeptBlocks(10**6)
+    kept = KeptBlocks(Room(10**6))
     with closing(KeepingReader(kept, members, BUNDLES).read(range(3))) as pieces:
         next(pieces)
         next(pieces)
@@ -79,7 +79,7 @@ def test_a_block_that_was_not_read_to_its_end_is_not_kept(members: list[FeatureS
 
 
 def test_a_block_that_is_not_kept_is_missed_when_it_is_gone(members: list[FeatureSet]) -> None:
-    kept = KeptBlocks(BLOCK_BYTES)
+    kept = KeptBlocks(Room(BLOCK_BYTES))
     read(kept, members)
     lose(members, 1)
 

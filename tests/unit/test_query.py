@@ -12,7 +12,7 @@ import torch
 
 import gradstore
 from gradstore.cluster import Engine
-from gradstore.errors import ContractError, DataError, NotReadyError, SpecError
+from gradstore.errors import ContractError, DataError, IntegrityError, NotReadyError, SpecError
 from gradstore.stages.contribute import contribute
 from gradstore.stages.delete import Query, delete
 from gradstore.stages.kernel import build_kernel
@@ -21,6 +21,7 @@ from gradstore.stages.progress import Progress
 from gradstore.stages.query import Session, Winner
 from gradstore.stages.query.stage import Asked, query
 from gradstore.stages.sketches import Sketch
+from gradstore.store.artifacts import KernelArtifact
 from gradstore.store.features import FeatureStore
 from tests import oracle, stores, synthetic
 from tests.contributing import give_weights, stored_c
@@ -199,6 +200,26 @@ def test_what_is_kept_in_memory_changes_no_answer(made: RandomStore, memory_byte
     with Session(made.url, memory_bytes=memory_bytes) as other:
         for index in ("eval:0", "eval:1", "eval:0"):
             assert other.query(index=index) == session.query(index=index)
+
+
+def test_spectra_are_read_once_and_again_where_they_were_made_anew(tmp_path: Path) -> None:
+    made = made_of(random_store(tmp_path), {})
+    kernel = KernelArtifact.open(FeatureStore.open(made.url).storage, "block", "m0")
+    doubled = {group: (2 * values, vectors) for group in GROUPS for values, vectors in [kernel.read(group)]}
+    with Session(made.url) as session:
+        before = session.query(index="eval:0")
+        for chunk in Path(made.url, kernel.folder).rglob("c*"):
+            if chunk.is_file():
+                chunk.write_bytes(bytes(chunk.stat().st_size))
+
+        assert session.query(index="eval:0") == before
+        with Session(made.url, memory_bytes=0) as forgetful, pytest.raises(IntegrityError, match=kernel.folder):
+            forgetful.query(index="eval:0")
+
+        for bundle, groups in enumerate(kernel.bundles):
+            kernel.log.take_back(bundle, "a test")
+            kernel.write_bundle(bundle, {group: doubled[group] for group in groups}, facts={})
+        assert session.query(index="eval:0") != before
 
 
 def test_a_closed_session_holds_no_sketch(made: RandomStore) -> None:

@@ -20,7 +20,7 @@ from gradstore.store.artifacts import KernelArtifact, QueryArtifact, QueryShape,
 from gradstore.store.features import FeatureArray, FeatureSet, FeatureStore
 
 if TYPE_CHECKING:
-    from gradstore.numerics.kernel import Damping
+    from gradstore.numerics.kernel import Damping, Spectrum
 
 
 Stack = tuple[str, str | None, str]
@@ -70,10 +70,15 @@ def in_group_shape(queries: FeatureSet, *, spectra: bool) -> QueryShape:
     )
 
 
-def precondition(store_url: str, run: Mapping[str, Any], place: tuple[str, str]) -> int:
+def precondition(
+    store_url: str,
+    run: Mapping[str, Any],
+    place: tuple[str, str],
+    read: Callable[[KernelArtifact, str], Spectrum] = read_spectrum,
+) -> int:
     """Task: write K_j psi and tau_j(q, q) for every query of a (set, member) and every group j; return how many queries.
 
-    ``run`` is one of a sweep, and its kernel one that acts inside a group.
+    ``run`` is one of a sweep, and its kernel one that acts inside a group; ``read`` gives the spectrum of a group.
     """
     from gradstore.numerics.kernel import zero_invalid
 
@@ -94,15 +99,14 @@ def precondition(store_url: str, run: Mapping[str, Any], place: tuple[str, str])
             selves.append(np.einsum("qd,qd->q", rows, rows, dtype=np.float64))
             continue
         assert kernel.damped_by is not None, "a kernel with spectra is damped"
-        preconditioned[array.name], own = _apply(spectra, array.name, rows, kernel.damped_by)
+        preconditioned[array.name], own = _apply(read(spectra, array.name), rows, kernel.damped_by)
         selves.append(own)
     artifact.write(preconditioned, np.stack(selves, 1), facts={"queries": queries.info.rows})
     return queries.info.rows
 
 
-def _apply(spectra: KernelArtifact, group: str, rows: np.ndarray, damping: Damping) -> tuple[np.ndarray, np.ndarray]:
-    """K psi and tau(q, q) in one group, whose spectrum is gone before that of the next is read."""
-    spectrum = read_spectrum(spectra, group)
+def _apply(spectrum: Spectrum, rows: np.ndarray, damping: Damping) -> tuple[np.ndarray, np.ndarray]:
+    """K psi and tau(q, q) in one group; its spectrum is gone before that of the next is read."""
     return spectrum.precondition(rows, damping), spectrum.self_influence(rows, damping)
 
 

@@ -16,6 +16,7 @@ from gradstore.stages.contribute import across, queries
 from gradstore.stages.contribute.artifacts import create_queries
 from gradstore.stages.featurize.block import featurize_blocks
 from gradstore.stages.featurize.tables import statistics_of
+from gradstore.stages.spectra import KeptSpectra
 from gradstore.store.contract import require_equal
 from gradstore.store.examples import Example, data_hash, from_table, to_table
 from gradstore.store.features import FeatureSet, FeatureStore, SetInfo
@@ -123,8 +124,8 @@ def copy_row(store: FeatureStore, place: Place) -> tuple[str, Example]:
     return name, example
 
 
-def precondition(store: FeatureStore, spec: RunSpec, name: str) -> None:
-    """Precondition the queries of a set, as each member has them, under the run's kernel.
+def precondition(store: FeatureStore, spec: RunSpec, name: str, kept: KeptSpectra) -> None:
+    """Precondition the queries of a set, as each member has them, under the run's kernel, by spectra that were read before.
 
     Raises
     ------
@@ -137,7 +138,7 @@ def precondition(store: FeatureStore, spec: RunSpec, name: str) -> None:
     for member in store.open_set(name).info.members:
         create_queries(spec, store, (name, member))
         if not resolve_kernel(spec).across_groups:
-            queries.precondition(url, run, (name, member))
+            queries.precondition(url, run, (name, member), kept.read)
             continue
         for task in across.query_tasks(store, spec, [(name, member)]):
             task.function(*task.arguments)

@@ -23,12 +23,13 @@ from gradstore.stages.query.screened import Screening, rank_candidates
 from gradstore.stages.ranking import Ranker, Winners, rank
 from gradstore.stages.reading import full_width
 from gradstore.stages.sketches import Sketch
+from gradstore.stages.spectra import KeptSpectra
 from gradstore.stages.weights import UNWEIGHTED, read_weights
 from gradstore.store.artifacts import SelfInfluenceArtifact
 from gradstore.store.backend import open_storage
 from gradstore.store.backend.overlay import OverlayStorage, overlay_url
 from gradstore.store.examples import Example
-from gradstore.store.features import FeatureSet, FeatureStore, KeepingReader, KeptBlocks
+from gradstore.store.features import FeatureSet, FeatureStore, KeepingReader, KeptBlocks, Room
 
 # Memory for queries that are answered in one reading.
 _QUERY_BYTES: Final = 2**30
@@ -39,8 +40,8 @@ _COPIES: Final = 4
 class Session:
     """Answers queries from a store, which is only read: what a query needs is made in memory.
 
-    What is loaded and read for one query stays for the next: the model, and features of the first blocks as far as memory
-    goes. Where the train set is appended to or erased from meanwhile, the kernel is stale, which ends queries with an error.
+    What is loaded and read for one query stays for the next: the model, and spectra and features of the first blocks as far as
+    memory goes. Where the train set is appended to or erased from meanwhile, the kernel is stale, which ends queries with an error.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ class Session:
     weights
         Names of the weights to rank by, beside equal ones; by default all that were learned under the kernel.
     memory_bytes
-        Most memory for features that are kept between queries.
+        Most memory for spectra and features that are kept between queries.
     model
         Where the model is, if not where it was when the store was made.
     device
@@ -84,7 +85,7 @@ class Session:
         below = open_storage(url)
         # Relative paths are whole now, so that the folder may change.
         self._below, self._url = below.url, overlay_url(uuid4().hex, below.url)
-        self._kept = KeptBlocks(memory_bytes)
+        self._keep(memory_bytes)
         self.progress = Progress(quiet=True)
         self._sketch: Sketch | None = None
         with self._told():
@@ -103,7 +104,7 @@ class Session:
 
     def close(self) -> None:
         """Give back the memory that features, queries and a sketch take."""
-        self._kept = KeptBlocks(0)
+        self._keep(0)
         self._sketch = None
         self._overlay.drop("")
 
@@ -178,6 +179,11 @@ class Session:
                     found += self._answers(name, batch, [example.example_id for example in batch], k, sketch)
             return found
 
+    def _keep(self, memory_bytes: int) -> None:
+        """Begin to keep what is read, in so much memory."""
+        room = Room(memory_bytes)
+        self._blocks, self._spectra = KeptBlocks(room), KeptSpectra(room)
+
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
         """Forget in the end what was made in memory, also of queries that were refused."""
@@ -195,7 +201,7 @@ class Session:
         kernel = self._spec.kernel.name
         # Products of so few queries wait for memory, and more threads of theirs for those that read.
         with threadpool_limits(1):
-            precondition(self._store, self._spec, name)
+            precondition(self._store, self._spec, name, self._spectra)
             slab = Slab(target=Target(kernel=kernel, set_name=name), first=0, last=len(examples))
             found, screening = self._rank(slab, k, sketch)
         train = self._train
@@ -264,7 +270,7 @@ class Session:
             spec=self._spec,
             weightings=self._weightings,
             transform=score_transform(str(self._store.contract["model"].get("output"))),
-            make_reader=partial(KeepingReader, self._kept),
+            make_reader=partial(KeepingReader, self._blocks),
             progress=self.progress,
         )
 

@@ -205,8 +205,18 @@ class KernelArtifact(Artifact):
         NotReadyError
             If the group's bundle is not committed.
         """
-        bundle = next(index for index, groups in enumerate(self.bundles) if group in groups)
+        bundle = self._bundle_of(group)
         return tuple(self._read_chunk(bundle, path, layout) for path, layout in self.shape.arrays(group).items())
+
+    def attempt(self, group: str) -> str:
+        """Return the attempt that wrote the spectrum of a group: another one where it was made anew.
+
+        Raises
+        ------
+        NotReadyError
+            If the group's bundle is not committed.
+        """
+        return self.log.require(self._bundle_of(group), f"{self.folder}: {group} is not built.").attempt
 
     def read_covariances(self, groups: Iterable[str]) -> dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
         """(left, right) float64 covariances of every part of some groups; NotReadyError if they are not committed."""
@@ -226,6 +236,9 @@ class KernelArtifact(Artifact):
         for (group, _), pair in zip(parts, pairs, strict=True):
             found[group].append(pair)
         return found
+
+    def _bundle_of(self, group: str) -> int:
+        return next(index for index, groups in enumerate(self.info.recorded["bundles"]) if group in groups)
 
     def _covariances(self) -> int:
         unit = self.covariances_unit

@@ -5,7 +5,7 @@ from gradstore.store.features.feature_set import FeatureSet
 from gradstore.store.features.feature_store import FeatureStore
 from gradstore.store.features.info import FeatureArray, FeaturePart, SetInfo, SetVersion, Snapshot
 from gradstore.store.features.inputs import blanked
-from gradstore.store.features.kept import KeepingReader, KeptBlocks
+from gradstore.store.features.kept import KeepingReader, KeptBlocks, Room
 from gradstore.store.features.reader import BlockReader, Piece
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "KeepingReader",
     "KeptBlocks",
     "Piece",
+    "Room",
     "SetInfo",
     "SetVersion",
     "Snapshot",

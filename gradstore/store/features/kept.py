@@ -11,19 +11,40 @@ from gradstore.store.features.feature_set import FeatureSet
 from gradstore.store.features.reader import BlockReader, Piece
 
 
-class KeptBlocks:
-    """Features of whole blocks that stay in memory once they were read, in float32.
-
-    None gives way to another: where not all have room, each reading in order would push out what the next begins with.
+class Room:
+    """Memory for what is kept to be read again: who comes first takes it, and none gives way to another.
 
     Parameters
     ----------
     memory_bytes
-        Most memory for them.
+        How much there is.
     """
 
     def __init__(self, memory_bytes: int) -> None:
         self._left = memory_bytes
+
+    def has(self, num_bytes: int) -> bool:
+        """Whether so much is left."""
+        return num_bytes <= self._left
+
+    def take(self, num_bytes: int) -> None:
+        """Take so much of it for good."""
+        self._left -= num_bytes
+
+
+class KeptBlocks:
+    """Features of whole blocks that stay in memory once they were read, in float32.
+
+    Where not all have room, those of the first blocks stay: each reading in order would push out what the next begins with.
+
+    Parameters
+    ----------
+    room
+        Memory for them.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
         self._pieces: dict[int, list[Piece]] = {}
 
     def find(self, block: int) -> list[Piece] | None:
@@ -32,11 +53,11 @@ class KeptBlocks:
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether a block of this size can be kept."""
-        return num_bytes <= self._left
+        return self._room.has(num_bytes)
 
     def keep(self, block: int, pieces: list[Piece]) -> None:
         """Keep the pieces of a block, whose memory is theirs alone."""
-        self._left -= sum(rows.nbytes for piece in pieces for rows in piece.rows.values())
+        self._room.take(sum(rows.nbytes for piece in pieces for rows in piece.rows.values()))
         self._pieces[block] = pieces
 
 
