@@ -1,7 +1,7 @@
 """The mathematics: arrays in, arrays out (tensors where a model runs); no files, no cluster, no run.toml.
 
 One file per family, each with the dict in which run.toml's kinds are looked up: `outputs.OUTPUTS`,
-`projection.PROJECTIONS`, `kernel.KERNELS`, `metrics.METRICS`. Every random draw comes from `generator`.
+`projection.PROJECTIONS`, `kernel.KERNELS`. Every random draw comes from `generator`.
 
 Shape suffixes of locals and parameters, here and in the files below: B examples of a batch, T positions, V vocabulary,
 O output features and I input features of a layer, R rank, Q queries, N rows (examples), M parameter groups, D or K

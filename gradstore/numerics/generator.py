@@ -40,6 +40,13 @@ def words(key: int, count: int) -> UInt64[np.ndarray, " count"]:
     return np.random.Philox(key=key).random_raw(count)
 
 
+def successive(key: int, count: int) -> Iterator[UInt64[np.ndarray, " count"]]:
+    """Yield the words of a key's stream, ``count`` at a time, without end."""
+    stream = np.random.Philox(key=key)
+    while True:
+        yield stream.random_raw(count)
+
+
 def stretches(key: int, counters: Iterable[tuple[int, int]]) -> Iterator[UInt64[np.ndarray, " words"]]:
     """The words of some stretches of a key's stream: of each from its first counter up to its last, without those before."""
     # One for all: making one costs as much as thousands of words.

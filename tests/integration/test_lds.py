@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from gradstore.numerics.generator import derive_key, permutation, words
-from gradstore.numerics.metrics import linear_datamodeling_score
+from gradstore.numerics.metrics import SubsetSums, linear_datamodeling_score
 from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact
 from gradstore.store.features import FeatureStore
 from tests.runs import gradstore, write_run
@@ -57,7 +57,9 @@ class Study:
     actual: np.ndarray
 
     def lds(self, scores: np.ndarray) -> float:
-        return linear_datamodeling_score(scores, self.masks, self.actual).mean
+        sums = SubsetSums(self.masks, len(scores))
+        sums.add(scores, np.arange(scores.shape[1]))
+        return linear_datamodeling_score(sums.total(), self.actual).mean
 
 
 def shuffled(count: int, what: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Metrics on cases small enough to compute by hand, tail-patch against a stepped copy of the model, LDS against loops."""
+"""Metrics on cases small enough to compute by hand, tail-patch against a stepped copy of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gradstore.errors import DataError, SpecError
 from gradstore.numerics.metrics import (
     chance_precision,
-    linear_datamodeling_score,
     mean_interval,
     precision_at_k,
     tail_patch,
@@ -146,65 +145,3 @@ def test_the_interval_of_one_value_is_that_value_and_of_none_is_refused() -> Non
     assert mean_interval([2.0], seed=0) == (2, 2, 2)
     with pytest.raises(DataError, match="found 0 values"):
         mean_interval([], seed=0)
-
-
-def half_subsets(count: int, rows: int, *, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(rows) < rows // 2 for _ in range(count)])
-
-
-@pytest.mark.parametrize("values", ["continuous", "with ties"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_lds_is_the_rank_correlation_of_summed_scores_and_outputs(values: str, dtype: type) -> None:
-    rng = np.random.default_rng(1)
-    masks = half_subsets(24, 30)
-    scores = rng.standard_normal((5, 30))
-    actual = masks @ scores.T + 2 * rng.standard_normal((24, 5))
-    if values == "with ties":
-        scores, actual = np.round(scores), np.round(actual / 2)
-
-    mean, correlations = linear_datamodeling_score(scores.astype(dtype), masks, actual.astype(dtype))
-
-    subsets = [np.flatnonzero(mask).tolist() for mask in masks]
-    expected = oracle.linear_datamodeling_scores(scores.astype(dtype), subsets, actual.astype(dtype))
-    assert correlations == pytest.approx(expected, abs=1e-12)
-    assert mean == pytest.approx(np.mean(expected))
-    assert 0.2 < mean < 0.99
-
-
-def test_lds_of_scores_that_order_the_outputs_is_one_and_of_their_negatives_minus_one() -> None:
-    masks = half_subsets(16, 20)
-    scores = np.random.default_rng(0).standard_normal((3, 20))
-    actual = np.exp(masks @ scores.T)
-
-    assert linear_datamodeling_score(scores, masks, actual).mean == pytest.approx(1)
-    assert linear_datamodeling_score(-scores, masks, actual).mean == pytest.approx(-1)
-
-
-def test_lds_of_a_query_whose_outputs_or_predictions_do_not_vary_is_nan_and_so_is_the_mean() -> None:
-    masks = half_subsets(16, 20)
-    scores = np.random.default_rng(0).standard_normal((4, 20))
-    actual = masks @ scores.T
-    actual[:, 1] = 3.0
-    scores[2] = 0
-    # Sums of ten tenths, which differ by rounding alone.
-    scores[3] = 0.1
-
-    mean, correlations = linear_datamodeling_score(scores, masks, actual)
-
-    assert correlations[0] == pytest.approx(1)
-    assert np.isnan(correlations).tolist() == [False, True, True, True]
-    assert np.isnan(mean)
-
-
-def test_lds_refuses_what_has_no_correlation() -> None:
-    masks, scores = half_subsets(4, 6), np.ones((2, 6))
-
-    with pytest.raises(DataError, match="found 1 subsets and 2 queries; it needs at least 2 subsets"):
-        linear_datamodeling_score(scores, masks[:1], np.ones((1, 2)))
-    with pytest.raises(DataError, match="found 4 subsets and 0 queries"):
-        linear_datamodeling_score(scores[:0], masks, np.ones((4, 0)))
-    with pytest.raises(DataError, match=r"2 of 8 actual outputs are not finite\. Leave out their queries"):
-        linear_datamodeling_score(scores, masks, np.array([[1, np.nan], [1, 2], [np.inf, 2], [1, 2]]))
-    with pytest.raises(DataError, match="1 of 12 scores are not finite"):
-        linear_datamodeling_score(np.where(np.arange(12) == 5, np.nan, 1.0).reshape(2, 6), masks, np.ones((4, 2)))

@@ -1,0 +1,39 @@
+"""How good an attribution is.
+
+Label precision is about topics; tail-patch and LDS are about effect; AUC, recall and reciprocal rank say whether what is known
+to matter is found.
+"""
+
+from gradstore.numerics.metrics.datamodeling import (
+    DatamodelingComparison,
+    DatamodelingScore,
+    SubsetSums,
+    compare_datamodeling,
+    linear_datamodeling_score,
+    subset_mask,
+)
+from gradstore.numerics.metrics.detection import DetectionComparison, area_under_curve, compare_detection
+from gradstore.numerics.metrics.intervals import Interval, mean_interval
+from gradstore.numerics.metrics.precision import chance_precision, precision_at_k
+from gradstore.numerics.metrics.retrieval import RankSearch, recall_at_k, reciprocal_rank
+from gradstore.numerics.metrics.tail_patch import tail_patch
+
+__all__ = [
+    "DatamodelingComparison",
+    "DatamodelingScore",
+    "DetectionComparison",
+    "Interval",
+    "RankSearch",
+    "SubsetSums",
+    "area_under_curve",
+    "chance_precision",
+    "compare_datamodeling",
+    "compare_detection",
+    "linear_datamodeling_score",
+    "mean_interval",
+    "precision_at_k",
+    "recall_at_k",
+    "reciprocal_rank",
+    "subset_mask",
+    "tail_patch",
+]
