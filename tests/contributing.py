@@ -89,6 +89,7 @@ def fill(feature_set: FeatureSet, invalid: Sequence[int] = ()) -> None:
             {
                 "row": pa.array(rows, pa.int64()),
                 "example_id": [f"example {row}" for row in rows],
+                "label": pa.array([None for _ in rows], pa.string()),
                 "valid": valid,
                 "p": pa.array([None for _ in rows], pa.float64()),
                 "residual": pa.array([None for _ in rows], pa.float64()),

@@ -55,6 +55,7 @@ def inputs(info: SetInfo) -> list[pa.Table]:
                 "example_id": [f"example {n}" for n in range(*info.block_range(block))],
                 "content_hash": [f"content {n}" for n in range(*info.block_range(block))],
                 "label": pa.array([None for _ in range(*info.block_range(block))], pa.string()),
+                "text": ["" for _ in range(*info.block_range(block))],
             }
         )
         for block in range(info.num_blocks)

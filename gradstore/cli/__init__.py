@@ -5,6 +5,7 @@ synth        the command that makes a synthetic run
 stores       commands that take a store
 attribution  those of them that show weights and influence
 queries      the command that asks a store
+evaluation   commands that measure what scores are worth
 clusters     the command for who runs a cluster
 jobs         commands for runs that go on by themselves
 telling      who is told of the stages of a command
@@ -14,11 +15,11 @@ from __future__ import annotations
 
 import sys
 
-from gradstore.cli import attribution, clusters, jobs, queries, runs, stores, synth
+from gradstore.cli import attribution, clusters, evaluation, jobs, queries, runs, stores, synth
 from gradstore.cli.application import app
 from gradstore.errors import GradstoreError
 
-__all__ = ["app", "attribution", "clusters", "jobs", "main", "queries", "runs", "stores", "synth"]
+__all__ = ["app", "attribution", "clusters", "evaluation", "jobs", "main", "queries", "runs", "stores", "synth"]
 
 
 def main() -> None:

@@ -28,6 +28,13 @@ def transformed(scores: Float[np.ndarray, "*X"], transform: Transform) -> Float[
     return np.square(scores) if transform == "square" else scores
 
 
+def scores_of(
+    contributions_QNM: Float[np.ndarray, "Q N M"], weights_M: Float[np.ndarray, " M"], transform: Transform
+) -> Float[np.ndarray, "Q N"]:
+    """Return S[q, n] = sum_j w_j C[q, n, j] in float64, and what that stands for."""
+    return transformed(contributions_QNM.astype(np.float64) @ weights_M, transform)
+
+
 class Ranking:
     """Keeps, for every query, the ``k`` rows of the largest and the ``k`` of the smallest scores seen so far.
 
@@ -62,7 +69,7 @@ class Ranking:
         rows_N: Int[np.ndarray, " N"],
     ) -> None:
         """Take in one block of C; rows are numbered by ``rows_N``."""
-        scores_QN = transformed(contributions_QNM.astype(np.float64) @ weights_M, self._transform)
+        scores_QN = scores_of(contributions_QNM, weights_M, self._transform)
         for sign, best in self._best.items():
             chosen_QK = _order(sign * scores_QN, np.broadcast_to(rows_N, scores_QN.shape), self._k)
             parts = np.take_along_axis(contributions_QNM, chosen_QK[:, :, None], 1) * weights_M

@@ -63,9 +63,15 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     data = spec.data
     splits = {name: resolved(data.splits()[name], "source", "labels") for name in SPLITS}
     aspects = {name: resolved(split, "source", "labels") for name, split in data.aspects.items()}
-    learn = spec.learn
-    if learn.pairs is not None and "://" not in learn.pairs:
-        learn = learn.model_copy(update={"pairs": str(folder / learn.pairs)})
+
+    def with_pairs(section: T, pairs: str | None) -> T:
+        given = pairs is not None and "://" not in pairs
+        return section.model_copy(update={"pairs": str(folder / str(pairs))}) if given else section
+
+    evaluate = spec.evaluate
+    if evaluate.recall is not None:
+        recall = with_pairs(evaluate.recall, evaluate.recall.pairs)
+        evaluate = evaluate.model_copy(update={"recall": recall})
     store = spec.run.store
     if "://" not in store:
         # Workers run in folders of their own, so they are told the whole path.
@@ -75,7 +81,8 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
             "run": spec.run.model_copy(update={"store": store}),
             "model": model,
             "data": data.model_copy(update={**splits, "aspects": aspects}),
-            "learn": learn,
+            "learn": with_pairs(spec.learn, spec.learn.pairs),
+            "evaluate": evaluate,
         }
     )
 

@@ -1,4 +1,4 @@
-"""The tables of run.toml, as frozen values; those of [data], [cluster] and [learn] are in files of their own."""
+"""The tables of run.toml, as frozen values; those of [data], [cluster], [learn] and [evaluate] are in files of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from gradstore.errors import SpecError
 from gradstore.spec.cluster import ClusterSection
 from gradstore.spec.data import DataSection
+from gradstore.spec.evaluation import EvaluateSection
 from gradstore.spec.learning import LearnSection
 from gradstore.spec.section import NAME, Section
 
@@ -231,6 +232,7 @@ class RunSpec(Section):
     learn: LearnSection = LearnSection()
     score: ScoreSection = ScoreSection()
     sketch: SketchSection = SketchSection()
+    evaluate: EvaluateSection = EvaluateSection()
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradstore.stages.score.baselines import bm25, random_rows
+from gradstore.stages.score.baselines import bm25, bm25_scores, random_rows
 
 DOCUMENTS = [
     "the cat sat on a mat",
@@ -34,6 +34,17 @@ def test_bm25_of_a_query_without_words_matches_nothing() -> None:
     rows, scores = bm25(["", "goal"], DOCUMENTS, 2)
     assert not scores[0].any()
     assert set(rows[1].tolist()) == {2, 3}
+
+
+def test_all_bm25_scores_are_those_that_the_best_are_ranked_by() -> None:
+    queries = ["markets in London", "striker goal goal", "", "unheard of", "the cat"]
+    rows, scores = bm25(queries, DOCUMENTS, 4)
+
+    found = bm25_scores(queries, DOCUMENTS)
+
+    assert found.shape == (5, 4)
+    np.testing.assert_allclose(np.take_along_axis(found, rows, 1), scores, rtol=1e-6)
+    assert not bm25_scores(["goal", ""], ["", "!", "the"]).any()
 
 
 def test_random_rows_are_distinct_and_repeatable() -> None:

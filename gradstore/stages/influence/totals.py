@@ -175,7 +175,7 @@ def _open(
 
     Where neither is kept, C is built from features, which is a pass over them.
     """
-    from gradstore.numerics.scores import transformed
+    from gradstore.numerics.scores import scores_of, transformed
 
     kept = ContributionArtifact.find_named(store.storage, kernel, _QUERIES)
     matrices = [item.name for item in list_artifacts(store.storage) if item.kind == "score_matrix"]
@@ -194,5 +194,5 @@ def _open(
     transform, weights_M = contributions.settings["transform"], read_weights(store, weights)
     reads = Reads(contributions, Progress(quiet=True), "influence")
     return contributions.valid_rows(), (
-        (first, rows_N, transformed(c_QNM @ weights_M, transform)) for first, rows_N, c_QNM in reads.read()
+        (first, rows_N, scores_of(c_QNM, weights_M, transform)) for first, rows_N, c_QNM in reads.read()
     )

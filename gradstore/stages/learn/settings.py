@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.spec import RunSpec
 from gradstore.spec.learning import BEGINS_AT
-from gradstore.stages.learn.pairs import hash_pairs
+from gradstore.stages.pairs import hash_pairs, read_pairs
 
 if TYPE_CHECKING:
     from gradstore.numerics.scores import Transform
@@ -59,7 +59,7 @@ def told_settings(spec: RunSpec) -> dict[str, Any]:
         "restarts": learn.restarts if learn.restarts > 1 else None,
         "held_out": learn.share_held_out or None,
         "noise": learn.noise or None,
-        "pairs": None if learn.pairs is None else hash_pairs(learn.pairs),
+        "pairs": None if learn.pairs is None else hash_pairs(read_pairs(learn.pairs, "learn.pairs")),
     }
     return found | {key: value for key, value in newer.items() if value is not None}
 

@@ -17,10 +17,10 @@ from gradstore.stages.building import open_contributions
 from gradstore.stages.contributions import Reads, valid_rows_of
 from gradstore.stages.learn.choice import Choice, choose, hold_out
 from gradstore.stages.learn.methods import Problem, moments_of, solve
-from gradstore.stages.learn.pairs import find_positives
 from gradstore.stages.learn.reading import LearnedFrom
 from gradstore.stages.learn.settings import Candidate, candidates_of, full_settings, seed_of, told_of, told_settings
 from gradstore.stages.learn.tables import candidates_table, trajectory_table, weights_table
+from gradstore.stages.pairs import read_pairs, rows_of_pairs
 from gradstore.stages.progress import Progress
 from gradstore.store.artifacts import WeightsArtifact
 from gradstore.store.backend import Storage
@@ -111,9 +111,24 @@ def _tell_choice(name: str, candidates: Sequence[Candidate], choice: Choice, pro
     )
 
 
+def _positives(spec: RunSpec, store: FeatureStore, set_name: str) -> list[np.ndarray] | None:
+    """Rows of the train set that are to score best for each query of a set; None where no pairs are asked for.
+
+    A file may have pairs for all sets that weights are learned from.
+    """
+    path = spec.learn.pairs
+    if path is None:
+        return None
+    others = [name for name in spec.data.learn_sets() if name != set_name]
+    found = rows_of_pairs(store, read_pairs(path, "learn.pairs"), set_name, others)
+    if not any(map(len, found)):
+        raise DataError(f"{path}: holds no pairs of queries of {set_name}, from which weights are to be learned.")
+    return found
+
+
 def _problem(spec: RunSpec, store: FeatureStore, set_name: str, learned_from: LearnedFrom, tile: int) -> Problem:
     contributions = learned_from.reads.contributions
-    positives = find_positives(spec, store, set_name)
+    positives = _positives(spec, store, set_name)
     moments = moments_of(store.storage, spec.kernel.name, set_name, contributions)
     if spec.learn.noise:
         # What was summed of C without noise is of another C.

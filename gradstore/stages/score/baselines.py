@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from gradstore.store.features import FeatureSet
+
+
+def texts_of(feature_set: FeatureSet) -> list[str]:
+    """Texts by row; "" where a row is in a gap or erased."""
+    texts = [""] * feature_set.info.rows
+    for block in range(feature_set.info.num_blocks):
+        found = feature_set.read_inputs(block)["text"].to_pylist()
+        texts[slice(*feature_set.info.block_range(block))] = [text or "" for text in found]
+    return texts
 
 
 def bm25(
@@ -15,17 +27,42 @@ def bm25(
 
     Queries are whole texts, tokenised like the documents. Documents without a single word are all matched equally: by 0.
     """
-    import bm25s
-
-    words = bm25s.tokenize(list(documents), stopwords="en", show_progress=False)
-    if not any(words.ids):
+    index = _index(documents)
+    if index is None:
         shape = len(queries), min(k, len(documents))
         return np.tile(np.arange(shape[1]), (shape[0], 1)), np.zeros(shape)
+    found = index.retrieve(_words(queries), k=min(k, len(documents)), show_progress=False)
+    return np.asarray(found.documents, np.int64), np.asarray(found.scores, np.float64)
+
+
+def bm25_scores(queries: Sequence[str], documents: Sequence[str]) -> Float[np.ndarray, "Q N"]:
+    """BM25 scores of all documents for every query, as `bm25` ranks by them."""
+    index, scores_QN = _index(documents), np.zeros((len(queries), len(documents)), np.float32)
+    if index is not None:
+        for query, words in enumerate(_words(queries, ids=False)):
+            # Words that no document has match none.
+            known = [word for word in words if word in index.vocab_dict]
+            if known:
+                scores_QN[query] = index.get_scores(known)
+    return scores_QN
+
+
+def _index(documents: Sequence[str]) -> Any:
+    """An index of documents; None where none has a word."""
+    import bm25s
+
+    words = _words(documents)
+    if not any(words.ids):
+        return None
     index = bm25s.BM25(method="lucene")
     index.index(words, show_progress=False)
-    tokens = bm25s.tokenize(list(queries), stopwords="en", show_progress=False)
-    found = index.retrieve(tokens, k=min(k, len(documents)), show_progress=False)
-    return np.asarray(found.documents, np.int64), np.asarray(found.scores, np.float64)
+    return index
+
+
+def _words(texts: Sequence[str], *, ids: bool = True) -> Any:
+    import bm25s
+
+    return bm25s.tokenize(list(texts), stopwords="en", return_ids=ids, show_progress=False)
 
 
 def random_rows(*, num_queries: int, num_rows: int, k: int, seed: int) -> Int[np.ndarray, "Q K"]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from gradstore.numerics.scores import Ranked, Ranking
+from gradstore.numerics.scores import Ranked, Ranking, scores_of, transformed
 from gradstore.spec import RunSpec
 from gradstore.stages.building import open_contributions
 from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix
@@ -39,6 +39,15 @@ class Ranks:
     opponents: Ranked | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Scores [q, n] of some queries, from the ``first`` on, and some valid rows of ascending numbers, by several methods."""
+
+    first: int
+    rows: np.ndarray
+    scores: Mapping[Method, np.ndarray]
+
+
 class Source(Protocol):
     """What ranks the rows of the train set for every eval query."""
 
@@ -52,6 +61,10 @@ class Source(Protocol):
 
     def rank(self, methods: Sequence[Method], keep: int, progress: Progress) -> dict[Method, Ranks]:
         """Rank by those of the methods that have a kernel, keeping some rows on both sides."""
+        ...
+
+    def scan(self, methods: Sequence[Method], progress: Progress, stage: str) -> Iterator[Scored]:
+        """Yield pieces of the scores by those of the methods that have a kernel: every valid row of every query once."""
         ...
 
 
@@ -124,6 +137,17 @@ class FromContributions:
             method: _joined([_both_sides(rankings[first][method]) for first in sorted(rankings)]) for method in vectors
         }
 
+    def scan(self, methods: Sequence[Method], progress: Progress, stage: str) -> Iterator[Scored]:
+        """See `Source`; all methods in one read of C."""
+        vectors = {method: read_weights(self._store, method.weights) for method in methods if method.kernel is not None}
+        transform = self._contributions.settings["transform"]
+        for first, rows_N, c_QNM in Reads(self._contributions, progress, stage).read():
+            yield Scored(
+                first=first,
+                rows=rows_N,
+                scores={method: scores_of(c_QNM, weights_M, transform) for method, weights_M in vectors.items()},
+            )
+
     def _ranking(self, queries: int, keep: int) -> Ranking:
         groups, transform = len(self._contributions.shape.groups), self._contributions.settings["transform"]
         return Ranking(num_queries=queries, num_groups=groups, k=keep, transform=transform)
@@ -166,6 +190,20 @@ class FromScores:
                 sides = (_without_parts(ranking.proponents()), _without_parts(ranking.opponents()))
                 found[method] = Ranks(proponents=sides[0], opponents=sides[1])
         return found
+
+    def scan(self, methods: Sequence[Method], progress: Progress, stage: str) -> Iterator[Scored]:
+        """See `Source`."""
+        asked = [method for method in methods if method in self._matrices]
+        first = self._matrices[asked[0]].artifact
+        with progress.stage(stage, first.shape.num_examples, "rows") as advance:
+            for blocks in zip(*(self._matrices[method].read_blocks() for method in asked), strict=True):
+                rows_N, _ = blocks[0]
+                scores = {
+                    method: transformed(s_QN.astype(np.float64), self._matrices[method].artifact.settings["transform"])
+                    for method, (_, s_QN) in zip(asked, blocks, strict=True)
+                }
+                yield Scored(first=0, rows=rows_N, scores=scores)
+                advance(len(rows_N))
 
 
 def _both_sides(ranking: Ranking) -> Ranks:

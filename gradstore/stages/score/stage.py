@@ -13,7 +13,7 @@ from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import StoredContributions, valid_rows_of
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.baselines import bm25, random_rows
+from gradstore.stages.score.baselines import bm25, random_rows, texts_of
 from gradstore.stages.score.matrices import write_matrices
 from gradstore.stages.score.sources import Method, Ranks, Source, open_source, weighted_methods
 from gradstore.stages.score.tail_patch import LOG_PROBABILITIES, tail_patches
@@ -46,7 +46,7 @@ def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progres
     methods = [
         *weighted_methods(spec),
         # Images without captions have no words to compare.
-        *([Method(name="bm25")] if any(_texts(queries)) else []),
+        *([Method(name="bm25")] if any(texts_of(queries)) else []),
         Method(name="random"),
     ]
     source = open_source(spec, store)
@@ -102,8 +102,8 @@ def _rank_by_baselines(
     feature_set, valid = train
     for method in methods:
         if method.name == "bm25" and method.kernel is None:
-            texts = _texts(feature_set)
-            places, scores = bm25(_texts(queries), [texts[row] for row in valid], keep)
+            texts = texts_of(feature_set)
+            places, scores = bm25(texts_of(queries), [texts[row] for row in valid], keep)
         elif method.name == "random" and method.kernel is None:
             places = random_rows(num_queries=queries.info.rows, num_rows=len(valid), k=keep, seed=spec.run.seed)
             scores = np.zeros(places.shape)
@@ -162,15 +162,6 @@ def _precision(
 
 def _labels(feature_set: FeatureSet) -> list[str | None]:
     return feature_set.read_column("label")
-
-
-def _texts(feature_set: FeatureSet) -> list[str]:
-    """Texts by row; "" where a row is in a gap or erased."""
-    texts = [""] * feature_set.info.rows
-    for block in range(feature_set.info.num_blocks):
-        found = feature_set.read_inputs(block)["text"].to_pylist()
-        texts[slice(*feature_set.info.block_range(block))] = [text or "" for text in found]
-    return texts
 
 
 def _table(ranks: Ranks) -> pa.Table:

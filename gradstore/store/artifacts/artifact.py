@@ -46,6 +46,7 @@ FOLDERS: Final = {
     "sketch": ("sketches", 1),
     "weights": ("weights", 1),
     "scores": ("scores", 1),
+    "evaluation": ("evaluations", 2),
 }
 VERBS: Final = {
     "projection": "featurize",
@@ -60,6 +61,7 @@ VERBS: Final = {
     "sketch": "sketch",
     "weights": "learn",
     "scores": "score",
+    "evaluation": "evaluate",
 }
 # How a run gets its settings where an artifact of other settings is in the way.
 _WAYS_OUT: Final = {
@@ -75,6 +77,7 @@ _WAYS_OUT: Final = {
     "sketch": "",
     "weights": "choose another learn.name, ",
     "scores": "",
+    "evaluation": "",
 }
 
 

@@ -1,4 +1,4 @@
-"""Artifacts that are tables: learned weights, and scores."""
+"""Artifacts that are tables: learned weights, scores, and what scores were measured to be worth."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _TRAJECTORY = "trajectory.parquet"
 _CANDIDATES = "candidates.parquet"
 _PROPONENTS = "proponents.parquet"
 _SUMMARY = "summary.json"
+_VALUES = "values.parquet"
 
 
 class _TablesArtifact(Artifact):
-    """An artifact of one unit, under one name, without arrays."""
+    """An artifact of one unit, without arrays."""
 
     @property
     @abstractmethod
@@ -38,20 +39,20 @@ class _TablesArtifact(Artifact):
         return dict.fromkeys(self.objects)
 
     @classmethod
-    def create(cls, storage: Storage, name: str, *, settings: Mapping[str, Any]) -> Self:
-        """Create the artifact, or open the one that is there if its settings are equal.
+    def create(cls, storage: Storage, *names: str, settings: Mapping[str, Any]) -> Self:
+        """Create the artifact of these names, or open the one that is there if its settings are equal.
 
         Raises
         ------
         ContractError
-            If an artifact of that name is there with other settings.
+            If it is there with other settings.
         """
-        return cls._create(storage, (name,), ArtifactInfo(kind=cls.kind, num_units=1, settings=settings))
+        return cls._create(storage, names, ArtifactInfo(kind=cls.kind, num_units=1, settings=settings))
 
     @classmethod
-    def open(cls, storage: Storage, name: str) -> Self:
-        """Open the artifact; NotReadyError if there is none of that name."""
-        return cls._open(storage, (name,))
+    def open(cls, storage: Storage, *names: str) -> Self:
+        """Open the artifact; NotReadyError if there is none of these names."""
+        return cls._open(storage, names)
 
 
 class WeightsArtifact(_TablesArtifact):
@@ -145,3 +146,25 @@ class ScoresArtifact(_TablesArtifact):
         """Return the summary; NotReadyError if it is not committed."""
         where, remedy = f"{self.storage.url}/{self.folder}/{_SUMMARY}", self.log.remedy()
         return decode_document(self._read_object(_SUMMARY), where, remedy)
+
+
+class EvaluationArtifact(_TablesArtifact):
+    """What one method is worth by one measure, at ``evaluations/<measure>/<method>``; one unit is the whole.
+
+    Means, intervals and differences are made of its values whenever they are told.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The objects of the unit."""
+        return (_VALUES,)
+
+    def write(self, values: pa.Table, *, facts: Mapping[str, Any]) -> Record:
+        """Write and commit the values: one row for each query that was measured, by its row in the set."""
+        return self._committed(0) or self._write_unit(0, {_VALUES: encode_table(values)}, facts)
+
+    def read(self) -> pa.Table:
+        """Return the values; NotReadyError if they are not committed."""
+        return decode_table(self._read_object(_VALUES))

@@ -8,6 +8,7 @@ from typing import Final
 
 from gradstore.store.artifacts import (
     ContributionArtifact,
+    EvaluationArtifact,
     FullKernelArtifact,
     KernelArtifact,
     MatricesArtifact,
@@ -41,6 +42,7 @@ ARTIFACTS: Final[Mapping[str, type[Artifact]]] = {
         SketchArtifact,
         WeightsArtifact,
         ScoresArtifact,
+        EvaluationArtifact,
     )
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gradstore.errors import DataError, SpecError
 from gradstore.lines import read_objects
-from gradstore.spec import RunSpec, content_hash
+from gradstore.spec import content_hash
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.store.features import FeatureStore
 
@@ -29,8 +29,8 @@ class Pair(NamedTuple):
     where: str
 
 
-def read_pairs(path: str) -> list[Pair]:
-    """Read a .jsonl, .csv or .parquet file with the columns query and example.
+def read_pairs(path: str, key: str) -> list[Pair]:
+    """Read a .jsonl, .csv or .parquet file with the columns query and example; ``key`` of run.toml names it.
 
     Raises
     ------
@@ -41,13 +41,13 @@ def read_pairs(path: str) -> list[Pair]:
     """
     ending = PurePath(path).suffix
     if ending not in _ENDINGS:
-        raise SpecError(f"learn.pairs: found {path}; accepted: a file that ends in {', '.join(_ENDINGS)}.")
+        raise SpecError(f"{key}: found {path}; accepted: a file that ends in {', '.join(_ENDINGS)}.")
     try:
         with fsspec.open(path, "rb") as file:
             content = file.read()
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error}"
-        raise SpecError(f"learn.pairs: found {path}; {reason}.") from error
+        raise SpecError(f"{key}: found {path}; {reason}.") from error
     read = {".jsonl": _from_jsonl, ".csv": _from_csv, ".parquet": _from_parquet}[ending]
     pairs = [_pair(f"{path}:{line}", row) for line, row in read(path, content)]
     if not pairs:
@@ -55,41 +55,37 @@ def read_pairs(path: str) -> list[Pair]:
     return pairs
 
 
-def hash_pairs(path: str) -> str:
-    """Digest of the pairs that a file holds, whatever their order and its format."""
-    return content_hash(sorted({(pair.query, pair.example) for pair in read_pairs(path)}))
+def hash_pairs(pairs: Sequence[Pair]) -> str:
+    """Digest of pairs, whatever their order and where they were read from."""
+    return content_hash(sorted({(pair.query, pair.example) for pair in pairs}))
 
 
-def find_positives(spec: RunSpec, store: FeatureStore, set_name: str) -> list[np.ndarray] | None:
-    """Rows of the train set that are to score best for each query of a set, ascending; None where no pairs are asked for.
+def rows_of_pairs(
+    store: FeatureStore, pairs: Sequence[Pair], set_name: str, elsewhere: Sequence[str] = ()
+) -> list[np.ndarray]:
+    """Rows of the train set that are paired with each query of a set, ascending.
 
-    A file may have pairs for all sets that weights are learned from: those of other sets are passed over.
+    Pairs of queries of the sets ``elsewhere`` are passed over.
 
     Raises
     ------
     DataError
-        If an id is unknown or of a row that is not valid, or the set has no pair.
+        If an id is unknown or of a row that is not valid.
     """
-    path = spec.learn.pairs
-    if path is None:
-        return None
-    others = [name for name in spec.data.learn_sets() if name != set_name]
-    elsewhere = {example_id for name in others for example_id in _rows(store, name)}
+    passed = {example_id for name in elsewhere for example_id in _rows(store, name)}
     queries, examples = _rows(store, set_name), _rows(store, "train")
     valid = {
         "query": {*valid_rows_of(store, set_name).tolist()},
         "example": {*valid_rows_of(store, "train").tolist()},
     }
     found: list[set[int]] = [set() for _ in range(store.open_set(set_name).info.rows)]
-    for pair in read_pairs(path):
-        if pair.query not in queries and pair.query in elsewhere:
+    for pair in pairs:
+        if pair.query not in queries and pair.query in passed:
             continue
         of_query = _known(pair, "query", queries, (set_name, valid["query"]))
         of_example = _known(pair, "example", examples, ("train", valid["example"]))
         for query in of_query:
             found[query].update(of_example)
-    if not any(found):
-        raise DataError(f"{path}: holds no pairs of queries of {set_name}, from which weights are to be learned.")
     return [np.array(sorted(rows), np.int64) for rows in found]
 
 

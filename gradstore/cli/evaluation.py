@@ -1,0 +1,34 @@
+"""Commands that measure what scores are worth."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from gradstore.cli.application import Json, Quiet, Run, app, draw
+from gradstore.cli.telling import telling
+from gradstore.errors import StoppedError
+
+evaluate = typer.Typer(
+    help="Measure what scores are worth, with and without weights, beside the baselines.", no_args_is_help=True
+)
+app.add_typer(evaluate, name="evaluate")
+
+
+@evaluate.command()
+def recall(context: typer.Context, run: Run, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Recall@k and the reciprocal rank of train examples that are known to have contributed; see [evaluate.recall]."""
+    from gradstore.spec import read_spec
+    from gradstore.stages.evaluate import evaluate_recall, render_evaluation
+
+    spec = read_spec(run)
+    try:
+        with telling(context, spec.run.name, quiet=quiet) as progress:
+            found = evaluate_recall(spec, progress)
+    except KeyboardInterrupt:
+        raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        draw(render_evaluation(found))

@@ -1,0 +1,6 @@
+"""evaluate: what scores are worth, by measures that do not come from them; values of every query are kept in the store."""
+
+from gradstore.stages.evaluate.recall import evaluate_recall
+from gradstore.stages.evaluate.told import render_evaluation
+
+__all__ = ["evaluate_recall", "render_evaluation"]

@@ -1,0 +1,74 @@
+"""What the values of an evaluation amount to: means with their intervals, and differences to the unweighted scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from rich.console import RenderableType
+
+from gradstore.stages.weights import UNWEIGHTED
+
+_QUERY: Final = "query"
+
+
+def compared(
+    tables: Sequence[tuple[Mapping[str, str | None], Mapping[str, Sequence[float]]]], *, seed: int
+) -> list[dict[str, Any]]:
+    r"""Return, for each method and measure, the mean over queries and, for weights, that of the paired differences.
+
+    .. math:: \frac{1}{|Q|} \sum_{q \in Q} (m_w(q) - m_{1/M}(q))
+
+    over the queries Q that both were measured on; each with its 95 % bootstrap interval.
+
+    Parameters
+    ----------
+    tables
+        Of each method what it is, and its columns: the rows of the queries, and their values by measure.
+    seed
+        Of the bootstrap.
+    """
+    from gradstore.numerics.metrics import mean_interval
+
+    unweighted = {of["kernel"]: columns for of, columns in tables if of["method"] == UNWEIGHTED}
+    found = []
+    for of, columns in tables:
+        without = unweighted.get(of["kernel"]) if of["weights"] is not None else None
+        measures: dict[str, dict[str, Any]] = {}
+        for name, values in columns.items():
+            if name == _QUERY:
+                continue
+            told: dict[str, Any] = mean_interval(values, seed=seed)._asdict()
+            if without is not None:
+                before = dict(zip(without[_QUERY], without[name], strict=True))
+                differences = [
+                    value - before[query]
+                    for query, value in zip(columns[_QUERY], values, strict=True)
+                    if query in before
+                ]
+                told["difference"] = mean_interval(differences, seed=seed)._asdict() if differences else None
+            measures[name] = told
+        found.append({**of, "queries": len(columns[_QUERY]), "measures": measures})
+    return found
+
+
+def render_evaluation(found: Mapping[str, Any]) -> RenderableType:
+    """Draw what was measured as a table for a terminal."""
+    from rich.table import Table
+
+    title = f"{found['measure']} of {found['queries']:,} queries, with 95 % intervals"
+    table = Table("measure", "method", title=title, title_justify="left")
+    for column in ("mean", "less unweighted"):
+        table.add_column(column, justify="right")
+    for name in found["methods"][0]["measures"]:
+        for row in found["methods"]:
+            told = row["measures"][name]
+            difference = "" if told.get("difference") is None else _interval(told["difference"], sign="+")
+            method = f"{row['kernel']}.{row['method']}" if row["kernel"] else row["method"]
+            table.add_row(name, method, _interval(told), difference)
+        table.add_section()
+    return table
+
+
+def _interval(told: Mapping[str, Any], sign: str = "") -> str:
+    return f"{told['mean']:{sign}.3f} [{told['low']:{sign}.3f}, {told['high']:{sign}.3f}]"
