@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.adapters.models.gguf import dequantise, dequantised_folder, read_config
 from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
+from gradstore.adapters.models.modules import seeded
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples, QueryReader
 from gradstore.adapters.text.encoding import PREDICTED, TOKENS
@@ -105,6 +106,34 @@ class CausalLM:
                 module.p = 0.0
         loaded: nn.Module = model.eval().to(device)
         return loaded
+
+    def fresh(self, seed: int, device: str) -> nn.Module:
+        """Return the model of the configuration with random parameters of the seed.
+
+        Raises
+        ------
+        SpecError
+            If it is a LoRA adapter, which is made on a model that was trained.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if self.model.peft is not None:
+            raise SpecError("model.peft: a model with an adapter is not made anew. Name a trainer of your own.")
+        with self._explained(), seeded(seed):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                self._config(weights=False), dtype=torch.float32, attn_implementation="sdpa"
+            )
+        return model.to(device)
+
+    def losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Return the mean cross-entropy [B] of the tokens of each example that count as predicted."""
+        sums = self.outputs(model, examples)
+        counts = [
+            int(example.inputs[PREDICTED][1:].sum()) if PREDICTED in example.inputs else example.size - 1
+            for example in examples
+        ]
+        return sums / sums.new_tensor(counts)
 
     def examples(self) -> Examples:
         """Read, deduplicate, tokenise and split the examples of [data], and have the model write those it is to write.

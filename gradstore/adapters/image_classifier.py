@@ -11,7 +11,7 @@ from gradstore.adapters.causal_lm import NO_ARCHITECTURE
 from gradstore.adapters.images.classes import Classes
 from gradstore.adapters.images.pixels import COLOUR, GRAY, Preparation, resolve_preparation
 from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, split_images
-from gradstore.adapters.models.modules import fill, is_function, make_module
+from gradstore.adapters.models.modules import fill, is_function, make_module, seeded
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import DataError, SpecError
@@ -103,6 +103,17 @@ class ImageClassifier:
                 module.p = 0.0
         return model.eval().to(device)
 
+    def fresh(self, seed: int, device: str) -> nn.Module:
+        """Return the model as its function or its configuration makes it, with random parameters of the seed."""
+        with seeded(seed):
+            function = is_function(self.model.source)
+            module = self._made(shape_only=True) if function else self._from_config(shape_only=False)
+        return module.to(device)
+
+    def losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Return the cross-entropy [B] of images, whatever the run's output function is."""
+        return self._outputs(model, examples, CROSS_ENTROPY)
+
     def examples(self) -> Examples:
         """Read, deduplicate and split the images of [data].
 
@@ -121,6 +132,9 @@ class ImageClassifier:
 
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return the cross-entropy or the margin [B] of images of one shape."""
+        return self._outputs(model, examples, self._output)
+
+    def _outputs(self, model: nn.Module, examples: Sequence[Example], function: str) -> Tensor:
         import numpy as np
         import torch
 
@@ -128,7 +142,7 @@ class ImageClassifier:
 
         classes = torch.from_numpy(np.stack([example.inputs[CLASS] for example in examples]))
         logits = self._logits(model, examples)
-        return OUTPUTS[self._output](logits, classes.to(logits.device))
+        return OUTPUTS[function](logits, classes.to(logits.device))
 
     def identity(self) -> dict[str, Any]:
         """Return adapter, architecture, output function, preprocessing and the order of the classes.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
 from gradstore.cli.application import Json, Quiet, Run, app, draw
+from gradstore.cli.runs import Scheduler, run_stages
 from gradstore.cli.telling import telling
 from gradstore.errors import StoppedError
 
@@ -17,10 +20,29 @@ app.add_typer(evaluate, name="evaluate")
 
 
 @evaluate.command()
+def lds(
+    context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False, as_json: Json = False
+) -> None:
+    """Retrain on subsets of the train set, and correlate what the models output with what scores predict; see [evaluate.lds]."""
+    from gradstore.spec import read_spec
+    from gradstore.stages.evaluate import evaluate_lds
+
+    found: list[dict[str, Any]] = []
+    run_stages(
+        context,
+        read_spec(run),
+        scheduler,
+        quiet,
+        lambda spec, engine, progress: found.append(evaluate_lds(spec, engine, progress)),
+    )
+    _tell(found[0], as_json=as_json)
+
+
+@evaluate.command()
 def recall(context: typer.Context, run: Run, quiet: Quiet = False, as_json: Json = False) -> None:
     """Recall@k and the reciprocal rank of train examples that are known to have contributed; see [evaluate.recall]."""
     from gradstore.spec import read_spec
-    from gradstore.stages.evaluate import evaluate_recall, render_evaluation
+    from gradstore.stages.evaluate import evaluate_recall
 
     spec = read_spec(run)
     try:
@@ -28,6 +50,12 @@ def recall(context: typer.Context, run: Run, quiet: Quiet = False, as_json: Json
             found = evaluate_recall(spec, progress)
     except KeyboardInterrupt:
         raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
+    _tell(found, as_json=as_json)
+
+
+def _tell(found: Mapping[str, Any], *, as_json: bool) -> None:
+    from gradstore.stages.evaluate import render_evaluation
+
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from gradstore.errors import SpecError
-from gradstore.spec.section import Section
+from gradstore.spec.section import NAME, Section
 
 
 class RecallSection(Section):
@@ -34,7 +34,24 @@ class RecallSection(Section):
         return self
 
 
+class DatamodelingSection(Section):
+    """[evaluate.lds]: how models are retrained on subsets of the train examples.
+
+    ``trainer`` is ``scratch`` or a function ``module:function``, ``options`` are its own; of every one of the ``subsets``, which
+    hold a ``share`` of the examples each, ``seeds`` models are trained and their outputs averaged. ``name`` tells apart retrainings
+    by several trainers.
+    """
+
+    name: str = Field(default="half", pattern=NAME)
+    subsets: int = Field(default=32, ge=2)
+    share: float = Field(default=0.5, gt=0, lt=1)
+    seeds: int = Field(default=1, ge=1)
+    trainer: str = Field(default="scratch", min_length=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
 class EvaluateSection(Section):
     """[evaluate]: a table for each measure."""
 
     recall: RecallSection | None = None
+    lds: DatamodelingSection | None = None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from gradstore.numerics.generator import derive_key, permutation, words
-from gradstore.numerics.metrics import SubsetSums, linear_datamodeling_score
-from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact
+from gradstore.numerics.metrics import SubsetSums, linear_datamodeling_score, subset_mask
+from gradstore.store.artifacts import ContributionArtifact, EvaluationArtifact, RetrainedArtifact, ScoresArtifact
 from gradstore.store.features import FeatureStore
 from tests.runs import gradstore, write_run
 
@@ -23,14 +26,30 @@ pytestmark = pytest.mark.slow
 
 NUM_TRAIN, NUM_LEARN, NUM_EVAL = 1000, 20, 200
 SUBSETS = 64
+RETRAINED = 24
 SHUFFLES = 20
 SEED = 0
 NETWORK = """
+    import numpy as np
+    import torch
+    from sklearn.linear_model import LogisticRegression
     from torch import nn
 
 
     def logistic():
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+    def fit(adapter, examples, *, seed, device, strength):
+        # Minimises the summed cross-entropy plus half the squared norm of the weights to convergence, from zero.
+        images = np.stack([example.inputs["image"] for example in examples]).reshape(len(examples), -1) / 255
+        classes = [int(example.inputs["class"]) for example in examples]
+        fitted = LogisticRegression(C=strength, tol=1e-6, max_iter=1000).fit(images, classes)
+        model = logistic()
+        with torch.no_grad():
+            model[1].weight.copy_(torch.from_numpy(fitted.coef_))
+            model[1].bias.copy_(torch.from_numpy(fitted.intercept_))
+        return model
 """
 
 
@@ -51,6 +70,8 @@ class Digits:
 class Study:
     """Scores of the product for every query and training example, and what retrained models output."""
 
+    folder: Path
+    digits: dict[str, Digits]
     store: FeatureStore
     scores: np.ndarray
     masks: np.ndarray
@@ -115,6 +136,11 @@ def attribute(folder: Path, digits: dict[str, Digits], model: LogisticRegression
             "kernel": {"kind": "block", "damping": 0.1},
             "learn": {"epochs": 1},
             "score.tail_patch": {"queries": 0},
+            "evaluate.lds": {
+                "subsets": RETRAINED,
+                "trainer": "digit_networks:fit",
+                "options": {"strength": 1.0},
+            },
             "cluster": {"workers": 2, "memory_per_worker": "4GiB", "device": "cpu"},
         },
     )
@@ -135,14 +161,22 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     model = fit(digits["train"], np.ones(NUM_TRAIN, bool))
     assert model.score(digits["eval"].inputs, digits["eval"].classes) > 0.9
 
-    store = attribute(tmp_path_factory.mktemp("digits"), digits, model)
+    folder = tmp_path_factory.mktemp("digits")
+    store = attribute(folder, digits, model)
     artifact = ContributionArtifact.open(store.storage, "block", "eval")
     c = np.concatenate(list(artifact.read_blocks(0, artifact.shape.queries)), axis=1)
 
     masks = np.stack([shuffled(NUM_TRAIN, f"subset {subset}") < NUM_TRAIN // 2 for subset in range(SUBSETS)])
     actual = np.stack([outputs(fit(digits["train"], mask), digits["eval"]) for mask in masks])
     train, queries = rows_of(store, "train"), rows_of(store, "eval")
-    return Study(store=store, scores=c.mean(2), masks=masks[:, train], actual=actual[:, queries])
+    return Study(
+        folder=folder,
+        digits=digits,
+        store=store,
+        scores=c.mean(2),
+        masks=masks[:, train],
+        actual=actual[:, queries],
+    )
 
 
 def test_scores_predict_what_models_retrained_on_half_of_the_digits_output(study: Study) -> None:
@@ -176,6 +210,73 @@ def test_the_kernel_predicts_better_than_inner_products_of_the_same_features(stu
     inner_products = psi[group] @ phi[group].T
 
     assert 0.2 <= study.lds(inner_products) <= study.lds(study.scores) - 0.2
+
+
+def evaluate(study: Study) -> dict[str, Any]:
+    done = gradstore(
+        "evaluate", "lds", study.folder / "run.toml", "--json", env={"PYTHONPATH": str(study.folder)}, cwd=study.folder
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def test_the_command_retrains_and_finds_the_same(study: Study) -> None:
+    found = evaluate(study)
+
+    assert (found["queries"], found["queries_without"], found["subsets"]) == (NUM_EVAL, 0, RETRAINED)
+    measured = {row["method"]: row["measures"]["lds"] for row in found["methods"]}
+    assert 0.6 <= measured["unweighted"]["low"] <= measured["unweighted"]["mean"] <= measured["unweighted"]["high"]
+    assert measured["random"]["low"] <= 0 <= measured["random"]["high"]
+    # Of one group there is one weight, which changes no order.
+    assert measured["learned"]["difference"] == {"mean": 0, "low": 0, "high": 0}
+
+    storage, retrained = study.store.storage, []
+    train, queries = rows_of(study.store, "train"), rows_of(study.store, "eval")
+    masks = np.stack([subset_mask(subset, NUM_TRAIN, share=0.5, seed=0) for subset in range(RETRAINED)])
+    for subset in range(RETRAINED):
+        table = RetrainedArtifact.open(storage, "half", f"{subset:06d}.0").read().to_pylist()
+        retrained.append([-row["output"] for row in table if row["set"] == "eval"])
+    mask = np.zeros(NUM_TRAIN, bool)
+    mask[np.array(train)[masks[3]]] = True
+    alone = outputs(fit(study.digits["train"], mask), study.digits["eval"])[queries]
+    assert retrained[3] == pytest.approx(alone, rel=1e-3, abs=1e-3)
+    values = EvaluationArtifact.open(storage, f"lds.half.{RETRAINED}x1", "block.unweighted").read()
+    sums = study.scores.astype(np.float64) @ masks.T
+    assert np.array(values["predicted"].to_pylist()) == pytest.approx(sums, rel=1e-9, abs=1e-12)
+    correlations = [
+        spearmanr(predicted, actual).statistic for predicted, actual in zip(sums, np.array(retrained).T, strict=True)
+    ]
+    assert values["correlation"].to_pylist() == pytest.approx(correlations, abs=1e-9)
+    assert measured["unweighted"]["mean"] == pytest.approx(np.mean(correlations))
+
+
+def test_models_that_were_trained_are_not_trained_again(study: Study) -> None:
+    first = evaluate(study)
+    storage = study.store.storage
+    before = {info.path: storage.read(info.path) for info in storage.list_objects("retrained")}
+    (lost,) = [path for path in before if "000005.0/commits" in path]
+    storage.delete(lost)
+
+    assert evaluate(study) == first
+    after = {info.path: storage.read(info.path) for info in storage.list_objects("retrained")}
+    assert {path for path in before if after.get(path) != before[path]} <= {lost}
+
+
+def test_other_code_of_the_trainer_is_refused(study: Study) -> None:
+    evaluate(study)
+    file = study.folder / "digit_networks.py"
+    text = file.read_text()
+    file.write_text(text.replace("max_iter=1000", "max_iter=5"))
+    try:
+        done = gradstore(
+            "evaluate", "lds", study.folder / "run.toml", env={"PYTHONPATH": str(study.folder)}, cwd=study.folder
+        )
+    finally:
+        file.write_text(text)
+    assert done.returncode != 0
+    assert "code: store has" in done.stderr
+    assert "choose another evaluate.lds.name" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_ranking_that_the_product_reports_is_that_of_these_scores(study: Study) -> None:

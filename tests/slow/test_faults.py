@@ -19,7 +19,7 @@ _NAMES = count()
 
 # Storms of one writer and of four: a hundred kills in all.
 STORMS = {"directory": (30, 8), "obstore": (14, 4), "s3fs": (4, 1)}
-STOPS = 5
+STOPS = 3
 
 
 @pytest.fixture(params=STORMS)

@@ -145,7 +145,7 @@ def test_workers_that_end_in_every_stage_also_with_the_driver_change_no_bit(
 ) -> None:
     with SeparateCluster(tmp_path / "cluster", 2, ENVIRONMENT) as cluster:
         job = submit(spec, "--scheduler", cluster.address)["id"]
-        with restless(cluster, random.Random(5), 8, lambda: committed(spec), how) as killed:
+        with restless(cluster, random.Random(5), 5, lambda: committed(spec), how) as killed:
             found = ask("show", spec, job, "--wait")
         assert killed() > 2
     assert found["state"] == "done"

@@ -197,9 +197,14 @@ def test_scores_of_nothing_have_an_lds_of_zero_within_the_interval() -> None:
     assert found["effects"].interval.low > 0.5
 
 
-def test_a_query_without_a_correlation_is_not_left_out_in_silence() -> None:
+def test_a_query_of_which_scores_say_nothing_counts_as_zero_and_one_without_outputs_is_refused() -> None:
     masks, actual, effects = simulated(3, 8, 1.0, 0)
+    known = lds(effects, masks, actual).correlations[[0, 2]]
     effects[1] = 0
 
-    with pytest.raises(DataError, match=r"LDS: under effects queries \[1\] have no rank correlation\. Leave them out"):
+    found = compare_datamodeling({"effects": predicted(effects, masks)}, actual, seed=0)["effects"].interval
+
+    assert found.mean == pytest.approx(known.sum() / 3)
+    actual[:, 1] = 2.0
+    with pytest.raises(DataError, match=r"LDS: the outputs of the queries \[1\] do not vary\. Leave them out"):
         compare_datamodeling({"effects": predicted(effects, masks)}, actual, seed=0)

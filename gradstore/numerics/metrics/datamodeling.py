@@ -1,6 +1,6 @@
 """The linear datamodeling score (LDS): how well scores predict the outputs of models trained on subsets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -127,7 +127,8 @@ def compare_datamodeling(
     """Mean LDS of several ways to score, with 95 % intervals by a two-way bootstrap: of the queries and of the subsets.
 
     Retrained subsets are shared by all queries, so that a bootstrap of the queries alone would be too sure. Every resample is
-    the same for all, so that differences are paired.
+    the same for all, so that differences are paired. A query of which a way to score says nothing, as all its predictions are
+    equal, counts as 0 for it: left out it would favour what scores nothing for hard queries.
 
     Parameters
     ----------
@@ -143,35 +144,44 @@ def compare_datamodeling(
     Raises
     ------
     DataError
-        If a query has no correlation under one of them.
+        If the outputs of a query do not vary.
     """
-    actual, ranks = Ranks(actual_SQ.T), {name: Ranks(of_QS) for name, of_QS in predicted.items()}
-    scores = {name: linear_datamodeling_score(of_QS, actual_SQ) for name, of_QS in predicted.items()}
-    for name, score in scores.items():
-        if strange := np.flatnonzero(np.isnan(score.correlations)).tolist():
-            raise DataError(f"LDS: under {name} queries {strange} have no rank correlation. Leave them out.")
+    if strange := np.flatnonzero(np.ptp(actual_SQ, axis=0) == 0).tolist():
+        raise DataError(f"LDS: the outputs of the queries {strange} do not vary. Leave them out.")
+    own = {
+        name: float(np.nan_to_num(linear_datamodeling_score(of_QS, actual_SQ).correlations).mean())
+        for name, of_QS in predicted.items()
+    }
+    resampled = dict(zip(predicted, _resampled_means([*predicted.values()], actual_SQ, seed).T, strict=True))
+    return {
+        name: DatamodelingComparison(
+            interval=percentiles(mean, resampled[name]),
+            difference=None
+            if against is None or name == against
+            else percentiles(mean - own[against], resampled[name] - resampled[against]),
+        )
+        for name, mean in own.items()
+    }
+
+
+def _resampled_means(
+    predicted: Sequence[Float64[np.ndarray, "Q S"]], actual_SQ: Float[np.ndarray, "S Q"], seed: int
+) -> Float64[np.ndarray, "resamples V"]:
+    """Mean LDS of each of V predictions in every resample of the queries and the subsets."""
+    actual, ranks = Ranks(actual_SQ.T), Ranks(np.concatenate(predicted))
     subsets, queries = actual_SQ.shape
-    means: dict[str, list[float]] = {name: [] for name in predicted}
+    means = []
     for places_S, draw_Q in zip(
         resamples(subsets, what="subsets", seed=seed), resamples(queries, what="queries", seed=seed), strict=True
     ):
         counts_S = np.bincount(places_S, minlength=subsets)
         outputs_QS = actual.centred(counts_S)
-        for name, of in ranks.items():
-            found_Q = correlations(of.centred(counts_S), outputs_QS, counts_S)[draw_Q]
-            # A resample may be of one subset many times, or of subsets that gave a query the same output.
-            known = ~np.isnan(found_Q)
-            means[name].append(float(found_Q[known].mean()) if known.any() else np.nan)
-    resampled = {name: np.array(of) for name, of in means.items()}
-    return {
-        name: DatamodelingComparison(
-            interval=percentiles(score.mean, resampled[name]),
-            difference=None
-            if against is None or name == against
-            else percentiles(score.mean - scores[against].mean, resampled[name] - resampled[against]),
-        )
-        for name, score in scores.items()
-    }
+        found = correlations(ranks.centred(counts_S), np.tile(outputs_QS, (len(predicted), 1)), counts_S)
+        # A resample may be of one subset many times, or of subsets that gave a query the same output.
+        kept = draw_Q[((outputs_QS**2) @ counts_S > 0)[draw_Q]]
+        of_each_VQ = np.nan_to_num(found).reshape(len(predicted), queries)[:, kept]
+        means.append(of_each_VQ.mean(1) if len(kept) else np.full(len(predicted), np.nan))
+    return np.array(means)
 
 
 def _refuse_too_few(predicted_QS: Float64[np.ndarray, "Q S"]) -> None:

@@ -1,6 +1,7 @@
 """evaluate: what scores are worth, by measures that do not come from them; values of every query are kept in the store."""
 
+from gradstore.stages.evaluate.datamodeling import evaluate_lds
 from gradstore.stages.evaluate.recall import evaluate_recall
 from gradstore.stages.evaluate.told import render_evaluation
 
-__all__ = ["evaluate_recall", "render_evaluation"]
+__all__ = ["evaluate_lds", "evaluate_recall", "render_evaluation"]

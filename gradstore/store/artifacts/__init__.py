@@ -13,7 +13,7 @@ from gradstore.store.artifacts.score_matrix import ScoreMatrixArtifact, ScoreSha
 from gradstore.store.artifacts.self_influence import SelfInfluenceArtifact, SelfInfluenceShape
 from gradstore.store.artifacts.sketch import SketchArtifact, SketchRows, SketchShape
 from gradstore.store.artifacts.staleness import stale_blocks
-from gradstore.store.artifacts.tables import EvaluationArtifact, ScoresArtifact, WeightsArtifact
+from gradstore.store.artifacts.tables import EvaluationArtifact, RetrainedArtifact, ScoresArtifact, WeightsArtifact
 
 __all__ = [
     "ArtifactStatus",
@@ -32,6 +32,7 @@ __all__ = [
     "QueryArtifact",
     "QueryRounding",
     "QueryShape",
+    "RetrainedArtifact",
     "ScoreMatrixArtifact",
     "ScoreShape",
     "ScoresArtifact",

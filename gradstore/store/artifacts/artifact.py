@@ -46,6 +46,7 @@ FOLDERS: Final = {
     "sketch": ("sketches", 1),
     "weights": ("weights", 1),
     "scores": ("scores", 1),
+    "retrained": ("retrained", 2),
     "evaluation": ("evaluations", 2),
 }
 VERBS: Final = {
@@ -61,6 +62,7 @@ VERBS: Final = {
     "sketch": "sketch",
     "weights": "learn",
     "scores": "score",
+    "retrained": "evaluate lds",
     "evaluation": "evaluate",
 }
 # How a run gets its settings where an artifact of other settings is in the way.
@@ -77,6 +79,7 @@ _WAYS_OUT: Final = {
     "sketch": "",
     "weights": "choose another learn.name, ",
     "scores": "",
+    "retrained": "choose another evaluate.lds.name, ",
     "evaluation": "",
 }
 

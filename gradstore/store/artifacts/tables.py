@@ -1,4 +1,4 @@
-"""Artifacts that are tables: learned weights, scores, and what scores were measured to be worth."""
+"""Artifacts that are tables: learned weights, scores, what they were measured to be worth, and what that is measured by."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _CANDIDATES = "candidates.parquet"
 _PROPONENTS = "proponents.parquet"
 _SUMMARY = "summary.json"
 _VALUES = "values.parquet"
+_OUTPUTS = "outputs.parquet"
 
 
 class _TablesArtifact(Artifact):
@@ -168,3 +169,25 @@ class EvaluationArtifact(_TablesArtifact):
     def read(self) -> pa.Table:
         """Return the values; NotReadyError if they are not committed."""
         return decode_table(self._read_object(_VALUES))
+
+
+class RetrainedArtifact(_TablesArtifact):
+    """What one model outputs that was trained on a subset of the train set, at ``retrained/<name>/<subset>.<seed>``.
+
+    Each is an artifact of its own, so that there may be more of them later.
+    """
+
+    kind: ClassVar[str] = "retrained"
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The objects of the unit."""
+        return (_OUTPUTS,)
+
+    def write(self, outputs: pa.Table, *, facts: Mapping[str, Any]) -> Record:
+        """Write and commit the outputs: one row for each query, with its set, its row in that, and f."""
+        return self._committed(0) or self._write_unit(0, {_OUTPUTS: encode_table(outputs)}, facts)
+
+    def read(self) -> pa.Table:
+        """Return the outputs; NotReadyError if they are not committed."""
+        return decode_table(self._read_object(_OUTPUTS))

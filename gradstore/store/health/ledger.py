@@ -15,6 +15,7 @@ from gradstore.store.artifacts import (
     MomentsArtifact,
     PartialsArtifact,
     QueryArtifact,
+    RetrainedArtifact,
     ScoreMatrixArtifact,
     ScoresArtifact,
     SelfInfluenceArtifact,
@@ -42,6 +43,7 @@ ARTIFACTS: Final[Mapping[str, type[Artifact]]] = {
         SketchArtifact,
         WeightsArtifact,
         ScoresArtifact,
+        RetrainedArtifact,
         EvaluationArtifact,
     )
 }

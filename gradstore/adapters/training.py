@@ -1,0 +1,100 @@
+"""Trainers: what makes a model of some train examples, a shipped one or a user's own ``module:function``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+
+from gradstore.adapters.models.functions import find_function, users_code
+from gradstore.adapters.protocol import Adapter
+from gradstore.errors import SpecError
+from gradstore.spec import resolve_kind
+from gradstore.store.examples import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gradstore.numerics.training import TrainingSettings
+
+SCRATCH: Final = "scratch"
+
+
+@runtime_checkable
+class Untrained(Protocol):
+    """An adapter whose model can be made anew, as it is before any training."""
+
+    def fresh(self, seed: int, device: str) -> nn.Module:
+        """Return the model with random parameters that the seed determines."""
+        ...
+
+    def losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Return what training brings down, for each example [B], differentiable."""
+        ...
+
+
+class Trainer(Protocol):
+    """Makes a model of train examples: the same one for the same examples and seed."""
+
+    def __call__(self, adapter: Adapter, examples: Sequence[Example], *, seed: int, device: str) -> nn.Module:
+        """Return the model in evaluation mode."""
+        ...
+
+
+def resolve_trainer(name: str, options: Mapping[str, Any], key: str) -> Trainer:
+    """Return a trainer by its name: ``scratch``, or ``module:function``; ``key`` of run.toml is the table that names it.
+
+    ``scratch`` trains from random parameters by the settings of `gradstore.numerics.training.TrainingSettings`. A function is
+    called with the adapter, the examples, ``seed``, ``device`` and the options by name, and returns the model.
+
+    Raises
+    ------
+    SpecError
+        If there is no such trainer, or an option is unknown or of the wrong type.
+    """
+    if name == SCRATCH:
+        from gradstore.numerics.training import TrainingSettings
+
+        settings = resolve_kind({SCRATCH: TrainingSettings}, SCRATCH, dict(options), f"{key}.options")
+        return _Scratch(settings)
+    if ":" not in name:
+        raise SpecError(
+            f"{key}.trainer: found {name!r}; accepted: {SCRATCH}, or a function of yours, package.module:function."
+        )
+    return _Own(name, find_function(name, f"{key}.trainer"), dict(options), key)
+
+
+class _Scratch:
+    def __init__(self, settings: TrainingSettings) -> None:
+        self._settings = settings
+
+    def __call__(self, adapter: Adapter, examples: Sequence[Example], *, seed: int, device: str) -> nn.Module:
+        from gradstore.numerics.training import train
+
+        if not isinstance(adapter, Untrained):
+            raise SpecError(
+                f"trainer: found {SCRATCH!r}, and {type(adapter).__name__} does not say how its model is made anew. Name a "
+                "function of yours, package.module:function."
+            )
+        model = adapter.fresh(seed, device)
+        train(model, adapter.losses, examples, self._settings, seed=seed)
+        return model
+
+
+class _Own:
+    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any], key: str) -> None:
+        self._name, self._function, self._options, self._key = name, function, options, key
+
+    def __call__(self, adapter: Adapter, examples: Sequence[Example], *, seed: int, device: str) -> nn.Module:
+        from torch import nn
+
+        with users_code(
+            f"{self._key}.trainer: {self._name} of {len(examples):,} examples",
+            self._name,
+            f"Mend the function, or {self._key}.options.",
+        ):
+            made = self._function(adapter, examples, seed=seed, device=device, **self._options)
+        if not isinstance(made, nn.Module):
+            raise SpecError(
+                f"{self._key}.trainer: {self._name} returned {type(made).__name__}; it must return a torch.nn.Module."
+            )
+        return made.eval()
