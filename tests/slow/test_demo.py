@@ -86,7 +86,7 @@ def test_the_page_of_the_demo_opens_without_complaint_and_without_overflow(
 def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks_and_the_same_bits(
     tmp_path: Path,
 ) -> None:
-    fewer = {"rows = 400": "rows = 20", "rows = 60": "rows = 2", "token_budget": "block_rows = 4\ntoken_budget"}
+    fewer = {"rows = 400": "rows = 16", "rows = 60": "rows = 2", "token_budget": "block_rows = 4\ntoken_budget"}
     alone, again = (quickstart(tmp_path / name, fewer).parent for name in ("alone", "again"))
     done = gradstore("featurize", alone / "run.toml", cwd=alone)
     assert done.returncode == 0, done.stderr
