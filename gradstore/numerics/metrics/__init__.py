@@ -13,7 +13,7 @@ from gradstore.numerics.metrics.datamodeling import (
     subset_mask,
 )
 from gradstore.numerics.metrics.detection import DetectionComparison, area_under_curve, compare_detection
-from gradstore.numerics.metrics.intervals import Interval, mean_interval
+from gradstore.numerics.metrics.intervals import Interval, mean_interval, paired_interval
 from gradstore.numerics.metrics.precision import chance_precision, precision_at_k
 from gradstore.numerics.metrics.retrieval import RankSearch, recall_at_k, reciprocal_rank
 from gradstore.numerics.metrics.tail_patch import tail_patch
@@ -31,6 +31,7 @@ __all__ = [
     "compare_detection",
     "linear_datamodeling_score",
     "mean_interval",
+    "paired_interval",
     "precision_at_k",
     "recall_at_k",
     "reciprocal_rank",

@@ -1,6 +1,6 @@
 """Means with what the bootstrap says of them: 95 % percentile intervals by 2,000 resamples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -34,6 +34,22 @@ def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
     values_Q = np.asarray(values, dtype=np.float64)
     means = [values_Q[draw_Q].mean() for draw_Q in resamples(len(values_Q), what="bootstrap", seed=seed)]
     return percentiles(float(values_Q.mean()), np.array(means))
+
+
+def paired_interval(values: Mapping[int, float], others: Mapping[int, float], *, seed: int) -> Interval | None:
+    r"""Mean difference of two measurements over the queries that both have, with its interval; None where they share none.
+
+    .. math:: \frac{1}{|Q|} \sum_{q \in Q} (m(q) - m'(q))
+
+    Parameters
+    ----------
+    values, others
+        m and m', by the number of the query.
+    seed
+        Of the bootstrap.
+    """
+    differences = [value - others[query] for query, value in values.items() if query in others]
+    return mean_interval(differences, seed=seed) if differences else None
 
 
 def resamples(count: int, *, what: str, seed: int) -> Iterator[Int64[np.ndarray, " count"]]:

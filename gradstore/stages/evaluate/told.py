@@ -13,7 +13,7 @@ _QUERY: Final = "query"
 
 
 def compared(
-    tables: Sequence[tuple[Mapping[str, str | None], Mapping[str, Sequence[float]]]], *, seed: int
+    tables: Sequence[tuple[Mapping[str, str | None], Mapping[str, Sequence[Any]]]], *, seed: int
 ) -> list[dict[str, Any]]:
     r"""Return, for each method and measure, the mean over queries and, for weights, that of the paired differences.
 
@@ -28,7 +28,7 @@ def compared(
     seed
         Of the bootstrap.
     """
-    from gradstore.numerics.metrics import mean_interval
+    from gradstore.numerics.metrics import mean_interval, paired_interval
 
     unweighted = {of["kernel"]: columns for of, columns in tables if of["method"] == UNWEIGHTED}
     found = []
@@ -40,16 +40,15 @@ def compared(
                 continue
             told: dict[str, Any] = mean_interval(values, seed=seed)._asdict()
             if without is not None:
-                before = dict(zip(without[_QUERY], without[name], strict=True))
-                differences = [
-                    value - before[query]
-                    for query, value in zip(columns[_QUERY], values, strict=True)
-                    if query in before
-                ]
-                told["difference"] = mean_interval(differences, seed=seed)._asdict() if differences else None
+                difference = paired_interval(_by_query(columns, name), _by_query(without, name), seed=seed)
+                told["difference"] = None if difference is None else difference._asdict()
             measures[name] = told
         found.append({**of, "queries": len(columns[_QUERY]), "measures": measures})
     return found
+
+
+def _by_query(columns: Mapping[str, Sequence[Any]], name: str) -> dict[int, float]:
+    return dict(zip(columns[_QUERY], columns[name], strict=True))
 
 
 def render_evaluation(found: Mapping[str, Any]) -> RenderableType:

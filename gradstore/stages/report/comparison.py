@@ -32,7 +32,7 @@ def compare(summaries: Sequence[Mapping[str, Any]], *, seed: int) -> list[Compar
     seed
         Of the bootstrap.
     """
-    from gradstore.numerics.metrics import mean_interval
+    from gradstore.numerics.metrics import paired_interval
 
     found = []
     for measure, read in _MEASURES.items():
@@ -41,11 +41,8 @@ def compare(summaries: Sequence[Mapping[str, Any]], *, seed: int) -> list[Compar
         for weights, measured in of.items():
             if without is None or measured.settings != without.settings:
                 continue
-            differences = [
-                value - without.values[query] for query, value in measured.values.items() if query in without.values
-            ]
-            if differences:
-                interval = mean_interval(differences, seed=seed)
+            interval = paired_interval(measured.values, without.values, seed=seed)
+            if interval is not None:
                 found.append(
                     Comparison(
                         measure=measure,
@@ -53,7 +50,7 @@ def compare(summaries: Sequence[Mapping[str, Any]], *, seed: int) -> list[Compar
                         difference=interval.mean,
                         ci_low=interval.low,
                         ci_high=interval.high,
-                        queries=len(differences),
+                        queries=len(measured.values.keys() & without.values.keys()),
                     )
                 )
     return found
