@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ settings.load_profile("gradstore")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give a command less time than its test, so that it is the command that tells where it hangs."""
+    """Give a command less time than its test, so that it is the command that tells where it hangs; and let it hear Ctrl-C."""
     from tests.runs import PATIENCE
 
+    # A shell has what it runs in the background ignore Ctrl-C, and whatever that starts, too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     limit = float(config.getoption("timeout") or config.getini("timeout"))
     os.environ[PATIENCE] = str(0.85 * limit)
 

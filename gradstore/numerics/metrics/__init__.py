@@ -5,23 +5,21 @@ to matter is found.
 """
 
 from gradstore.numerics.metrics.datamodeling import (
-    DatamodelingComparison,
     DatamodelingScore,
     SubsetSums,
     compare_datamodeling,
     linear_datamodeling_score,
     subset_mask,
 )
-from gradstore.numerics.metrics.detection import DetectionComparison, area_under_curve, compare_detection
-from gradstore.numerics.metrics.intervals import Interval, mean_interval, paired_interval
+from gradstore.numerics.metrics.detection import area_under_curve, compare_detection
+from gradstore.numerics.metrics.intervals import Comparison, Interval, mean_interval, paired_interval
 from gradstore.numerics.metrics.precision import chance_precision, precision_at_k
 from gradstore.numerics.metrics.retrieval import RankSearch, recall_at_k, reciprocal_rank
 from gradstore.numerics.metrics.tail_patch import tail_patch
 
 __all__ = [
-    "DatamodelingComparison",
+    "Comparison",
     "DatamodelingScore",
-    "DetectionComparison",
     "Interval",
     "RankSearch",
     "SubsetSums",

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 from gradstore.errors import DataError
 from gradstore.numerics.generator import derive_key, permutation, words
-from gradstore.numerics.metrics.intervals import Interval, percentiles, resamples
+from gradstore.numerics.metrics.intervals import Comparison, comparisons, resamples
 from gradstore.numerics.metrics.ranks import Ranks, correlations
 
 
@@ -19,13 +19,6 @@ class DatamodelingScore(NamedTuple):
     """NaN where that of a query is."""
     correlations: Float64[np.ndarray, " Q"]
     """In [-1, 1]; NaN of a query without a rank correlation."""
-
-
-class DatamodelingComparison(NamedTuple):
-    """The mean LDS of one way to score, and of its paired difference to another, with 95 % intervals."""
-
-    interval: Interval
-    difference: Interval | None
 
 
 def subset_mask(subset: int, rows: int, *, share: float, seed: int) -> Bool[np.ndarray, " N"]:
@@ -123,7 +116,7 @@ def compare_datamodeling(
     *,
     against: str | None = None,
     seed: int,
-) -> dict[str, DatamodelingComparison]:
+) -> dict[str, Comparison]:
     """Mean LDS of several ways to score, with 95 % intervals by a two-way bootstrap: of the queries and of the subsets.
 
     Retrained subsets are shared by all queries, so that a bootstrap of the queries alone would be too sure. Every resample is
@@ -153,15 +146,7 @@ def compare_datamodeling(
         for name, of_QS in predicted.items()
     }
     resampled = dict(zip(predicted, _resampled_means([*predicted.values()], actual_SQ, seed).T, strict=True))
-    return {
-        name: DatamodelingComparison(
-            interval=percentiles(mean, resampled[name]),
-            difference=None
-            if against is None or name == against
-            else percentiles(mean - own[against], resampled[name] - resampled[against]),
-        )
-        for name, mean in own.items()
-    }
+    return comparisons(own, resampled, against)
 
 
 def _resampled_means(

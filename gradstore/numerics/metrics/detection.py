@@ -1,21 +1,13 @@
 """The area under the ROC curve (AUC): how surely a score is higher for what is to be found than for what is not."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
 from gradstore.errors import DataError
-from gradstore.numerics.metrics.intervals import Interval, percentiles, resamples
+from gradstore.numerics.metrics.intervals import Comparison, comparisons, resamples
 from gradstore.numerics.metrics.ranks import Ranks
-
-
-class DetectionComparison(NamedTuple):
-    """The AUC of one score, and of its paired difference to another, with 95 % intervals."""
-
-    interval: Interval
-    difference: Interval | None
 
 
 def area_under_curve(scores_N: Float[np.ndarray, " N"], wanted_N: Bool[np.ndarray, " N"]) -> float:
@@ -45,7 +37,7 @@ def compare_detection(
     *,
     against: str | None = None,
     seed: int,
-) -> dict[str, DetectionComparison]:
+) -> dict[str, Comparison]:
     """AUC of several scores with 95 % intervals, by a bootstrap of those that are wanted and of those that are not.
 
     Every resample is the same for all scores, so that differences are paired.
@@ -81,15 +73,7 @@ def compare_detection(
         found.append(_areas(ranks, wanted_N, np.bincount(drawn, minlength=len(wanted_N))))
     resampled = dict(zip(names, np.array(found).T, strict=True))
     own = dict(zip(names, own_V.tolist(), strict=True))
-    return {
-        name: DetectionComparison(
-            interval=percentiles(own[name], resampled[name]),
-            difference=None
-            if against is None or name == against
-            else percentiles(own[name] - own[against], resampled[name] - resampled[against]),
-        )
-        for name in names
-    }
+    return comparisons(own, resampled, against)
 
 
 def _areas(

@@ -21,6 +21,13 @@ class Interval(NamedTuple):
     high: float
 
 
+class Comparison(NamedTuple):
+    """What one method is worth, and its paired difference to another; both with 95 % intervals."""
+
+    interval: Interval
+    difference: Interval | None
+
+
 def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
     """Mean over queries with its 95 % percentile bootstrap interval (2,000 resamples of the queries).
 
@@ -62,3 +69,18 @@ def percentiles(mean: float, resampled: Float64[np.ndarray, " resamples"]) -> In
     """Return the interval between the 2.5th and the 97.5th percentile of what resamples gave; NaN among them is passed over."""
     low, high = np.nanquantile(resampled, [0.025, 0.975])
     return Interval(mean, float(low), float(high))
+
+
+def comparisons(
+    own: Mapping[str, float], resampled: Mapping[str, Float64[np.ndarray, " resamples"]], against: str | None
+) -> dict[str, Comparison]:
+    """What methods are worth, by what each is and what it was in the same resamples; differences are to the one ``against``."""
+    return {
+        name: Comparison(
+            interval=percentiles(mean, resampled[name]),
+            difference=None
+            if against is None or name == against
+            else percentiles(mean - own[against], resampled[name] - resampled[against]),
+        )
+        for name, mean in own.items()
+    }
