@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.adapters.models.gguf import dequantise, dequantised_folder, read_config
 from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
-from gradstore.adapters.models.modules import seeded
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples, QueryReader
 from gradstore.adapters.text.encoding import PREDICTED, TOKENS
@@ -117,6 +116,8 @@ class CausalLM:
         """
         import torch
         from transformers import AutoModelForCausalLM
+
+        from gradstore.numerics.training import seeded
 
         if self.model.peft is not None:
             raise SpecError("model.peft: a model with an adapter is not made anew. Name a trainer of your own.")

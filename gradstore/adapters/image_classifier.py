@@ -11,7 +11,7 @@ from gradstore.adapters.causal_lm import NO_ARCHITECTURE
 from gradstore.adapters.images.classes import Classes
 from gradstore.adapters.images.pixels import COLOUR, GRAY, Preparation, resolve_preparation
 from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, split_images
-from gradstore.adapters.models.modules import fill, is_function, make_module, seeded
+from gradstore.adapters.models.modules import fill, is_function, make_module
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import DataError, SpecError
@@ -105,6 +105,8 @@ class ImageClassifier:
 
     def fresh(self, seed: int, device: str) -> nn.Module:
         """Return the model as its function or its configuration makes it, with random parameters of the seed."""
+        from gradstore.numerics.training import seeded
+
         with seeded(seed):
             function = is_function(self.model.source)
             module = self._made(shape_only=True) if function else self._from_config(shape_only=False)

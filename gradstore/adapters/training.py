@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from gradstore.adapters.models.functions import find_function, users_code
+from gradstore.adapters.models.modules import is_function
 from gradstore.adapters.protocol import Adapter
 from gradstore.errors import SpecError
 from gradstore.spec import resolve_kind
@@ -56,7 +57,7 @@ def resolve_trainer(name: str, options: Mapping[str, Any], key: str) -> Trainer:
 
         settings = resolve_kind({SCRATCH: TrainingSettings}, SCRATCH, dict(options), f"{key}.options")
         return _Scratch(settings)
-    if ":" not in name:
+    if not is_function(name):
         raise SpecError(
             f"{key}.trainer: found {name!r}; accepted: {SCRATCH}, or a function of yours, package.module:function."
         )

@@ -1,7 +1,8 @@
 """Training a model on some examples: what LDS and mislabel detection need again and again, and nothing more."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
@@ -47,6 +48,14 @@ class TrainingSettings:
     momentum: float = 0.9
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Enter with torch's generator at a seed; it is put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 def train(
     model: nn.Module, losses: Losses[Example], examples: Sequence[Example], settings: TrainingSettings, *, seed: int
 ) -> None:
@@ -80,8 +89,7 @@ def train(
     optimizer = _optimizer(model, settings)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _SCHEDULES[settings.schedule](step / steps))
     model.train()
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_key(seed, "training", "random") % 2**63)
+    with seeded(derive_key(seed, "training", "random") % 2**63):
         for epoch in range(settings.epochs):
             order = permutation(words(derive_key(seed, "training", f"epoch {epoch}"), len(examples))).tolist()
             for first in range(0, len(order) - size + 1, size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -54,6 +55,12 @@ def source_file(name: str) -> Path | None:
     module = sys.modules.get(name.partition(":")[0])
     file = None if module is None else inspect.getsourcefile(module)
     return None if file is None or not Path(file).is_file() else Path(file)
+
+
+def code_hash(name: str) -> str | None:
+    """Return a hash of that file, which tells code from code that was edited since."""
+    file = source_file(name)
+    return None if file is None else hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,16 +22,6 @@ TORCH_SUFFIXES: Final = (".pt", ".pth", ".bin")
 def is_function(source: str) -> bool:
     """Whether a source is ``package.module:function`` (or a method of a class: ``module:Class.make``)."""
     return not source.startswith(PACKAGE) and _FUNCTION.fullmatch(source) is not None
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Enter with torch's generator at a seed; it is put back."""
-    import torch
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def make_module(source: str, arguments: Mapping[str, Any]) -> nn.Module:

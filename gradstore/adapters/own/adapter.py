@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from gradstore.adapters.models.functions import find_function, source_file, users_code
+from gradstore.adapters.models.functions import code_hash, find_function, users_code
 from gradstore.adapters.models.modules import fill
 from gradstore.adapters.own.splits import MASK, own_queries, split_own
 from gradstore.adapters.protocol import Examples, QueryReader
@@ -159,13 +158,13 @@ class OwnAdapter:
         task, name = self._task, self.model.adapter
         version = getattr(task, "version", None)
         if version is None:
-            file = source_file(name)
-            if file is None:
+            found = code_hash(name)
+            if found is None:
                 raise SpecError(
                     f"model.adapter: {name} was not read from a file that could be hashed. Give what it returns an attribute "
                     'version, such as "1", and change it whenever the code computes something else.'
                 )
-            code = {"code": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()}
+            code = {"code": found}
         elif isinstance(version, str | int):
             code = {"version": str(version)}
         else:

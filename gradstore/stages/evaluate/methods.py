@@ -11,11 +11,10 @@ import numpy as np
 from gradstore.numerics.generator import derive_key, stretches
 from gradstore.spec import RunSpec
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.baselines import bm25_scores, texts_of
-from gradstore.stages.score.sources import Method, Scored, Source, open_source, weighted_methods
+from gradstore.stages.score.baselines import baselines_of, bm25_scores, texts_of
+from gradstore.stages.score.sources import BM25, RANDOM, Method, Scored, Source, open_source, weighted_methods
 from gradstore.store.features import FeatureStore
 
-BM25, RANDOM = Method(name="bm25"), Method(name="random")
 _WORDS: Final = 4
 
 
@@ -37,20 +36,6 @@ class Compared:
     store: FeatureStore
     source: Source
     methods: tuple[Method, ...]
-
-    @classmethod
-    def open(cls, spec: RunSpec, store: FeatureStore) -> Compared:
-        """Open what a run's kernel ranks by.
-
-        Raises
-        ------
-        NotReadyError
-            If contributions or weights are missing.
-        """
-        # Images without captions have no words to compare.
-        texts = [BM25] if any(texts_of(store.open_set("eval"))) else []
-        source = open_source(spec, store)
-        return cls(spec=spec, store=store, source=source, methods=(*weighted_methods(spec), *texts, RANDOM))
 
     def settings(self, method: Method) -> dict[str, Any]:
         """What the scores of a method are made from."""
@@ -90,11 +75,17 @@ class Compared:
 
 
 def contenders(spec: RunSpec, store: FeatureStore) -> Iterator[Compared]:
-    """Yield the methods of every kernel of a run; the baselines belong to the first."""
+    """Yield the methods of every kernel of a run; the baselines belong to the first.
+
+    Raises
+    ------
+    NotReadyError
+        If contributions or weights are missing.
+    """
+    baselines = baselines_of(store.open_set("eval"))
     for place, swept in enumerate(spec.sweep()):
-        found = Compared.open(swept, store)
-        own = tuple(method for method in found.methods if place == 0 or method.kernel is not None)
-        yield replace(found, methods=own)
+        methods = (*weighted_methods(swept), *(baselines if place == 0 else ()))
+        yield Compared(spec=swept, store=store, source=open_source(swept, store), methods=methods)
 
 
 def described(method: Method) -> Mapping[str, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
-from gradstore.adapters.models.functions import find_function, source_file
+from gradstore.adapters.models.functions import code_hash, find_function
 from gradstore.adapters.training import SCRATCH, resolve_trainer
 from gradstore.cluster import Engine, Task
 from gradstore.errors import DataError, SpecError, SupersededError
@@ -74,7 +73,7 @@ def retrain(spec: RunSpec, engine: Engine, progress: Progress) -> Retrained:
         place: RetrainedArtifact.create(store.storage, section.name, _name(place), settings=_of_place(common, place))
         for place in places
     }
-    masks_SN = np.stack([_mask(spec, store, subset) for subset in range(section.subsets)])
+    masks_SN = _masks(spec, store, range(section.subsets))
     missing = [place for place in places if not artifacts[place].is_complete()]
     tasks = [
         Task(
@@ -131,7 +130,7 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
             f"{artifact.folder}: is of other settings than this task's. Run `gradstore evaluate` again."
         )
     began = time.monotonic()
-    examples = examples_at(store.open_set("train"), np.flatnonzero(_mask(spec, store, subset)).tolist())
+    examples = examples_at(store.open_set("train"), np.flatnonzero(_masks(spec, store, [subset])[0]).tolist())
     adapter = make_adapter(spec)
     trainer = resolve_trainer(section.trainer, section.options, KEY)
     drawn = derive_key(spec.run.seed, "lds", f"training {subset} {seed}") % 2**63
@@ -148,7 +147,7 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
 
 
 def _outputs(adapter: Adapter, model: nn.Module, store: FeatureStore, name: str) -> np.ndarray:
-    """F of every query of a set, float64 [Q]; NaN of those that are not valid."""
+    """What a model outputs for every query of a set, float64 [Q]; NaN of those that are not valid."""
     import torch
 
     queries = valid_rows_of(store, name).tolist()
@@ -184,8 +183,7 @@ def _code(trainer: str) -> str | None:
     if trainer == SCRATCH:
         return None
     find_function(trainer, f"{KEY}.trainer")
-    file = source_file(trainer)
-    return None if file is None else hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    return code_hash(trainer)
 
 
 def _of_place(common: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
@@ -196,14 +194,15 @@ def _name(place: tuple[int, int]) -> str:
     return f"{place[0]:06d}.{place[1]}"
 
 
-def _mask(spec: RunSpec, store: FeatureStore, subset: int) -> np.ndarray:
-    """Which rows of the train set are in a subset; those that are not valid are in none."""
+def _masks(spec: RunSpec, store: FeatureStore, subsets: Sequence[int]) -> np.ndarray:
+    """Which rows of the train set are in each of some subsets, [s, rows]; those that are not valid are in none."""
     from gradstore.numerics.metrics import subset_mask
 
     rows = valid_rows_of(store, "train")
-    mask_N = np.zeros(store.open_set("train").info.rows, bool)
-    mask_N[rows] = subset_mask(subset, len(rows), share=section_of(spec).share, seed=spec.run.seed)
-    return mask_N
+    masks_SN = np.zeros((len(subsets), store.open_set("train").info.rows), bool)
+    for mask_N, subset in zip(masks_SN, subsets, strict=True):
+        mask_N[rows] = subset_mask(subset, len(rows), share=section_of(spec).share, seed=spec.run.seed)
+    return masks_SN
 
 
 def _of_set(table: pa.Table, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from gradstore.stages.score.sources import BM25, RANDOM, Method
 from gradstore.store.features import FeatureSet
 
 
@@ -18,6 +19,11 @@ def texts_of(feature_set: FeatureSet) -> list[str]:
         found = feature_set.read_inputs(block)["text"].to_pylist()
         texts[slice(*feature_set.info.block_range(block))] = [text or "" for text in found]
     return texts
+
+
+def baselines_of(queries: FeatureSet) -> tuple[Method, ...]:
+    """Return the baselines of some queries: images without captions have no words to compare."""
+    return (BM25, RANDOM) if any(texts_of(queries)) else (RANDOM,)
 
 
 def bm25(

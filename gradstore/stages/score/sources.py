@@ -31,6 +31,9 @@ class Method:
         return f"{self.kernel or 'baseline'}.{self.name}"
 
 
+BM25, RANDOM = Method(name="bm25"), Method(name="random")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
     """Proponents of every query, and the opponents where a method has them."""

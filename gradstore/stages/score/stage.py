@@ -13,9 +13,9 @@ from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import StoredContributions, valid_rows_of
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.baselines import bm25, random_rows, texts_of
+from gradstore.stages.score.baselines import baselines_of, bm25, random_rows, texts_of
 from gradstore.stages.score.matrices import write_matrices
-from gradstore.stages.score.sources import Method, Ranks, Source, open_source, weighted_methods
+from gradstore.stages.score.sources import BM25, RANDOM, Method, Ranks, Source, open_source, weighted_methods
 from gradstore.stages.score.tail_patch import LOG_PROBABILITIES, tail_patches
 from gradstore.store.artifacts import ScoresArtifact
 from gradstore.store.features import FeatureSet, FeatureStore
@@ -43,12 +43,7 @@ def score(spec: RunSpec, engine: Engine, progress: Progress) -> None:
 def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progress) -> None:
     """Rank under one kernel of a sweep."""
     train, queries = store.open_set("train"), store.open_set("eval")
-    methods = [
-        *weighted_methods(spec),
-        # Images without captions have no words to compare.
-        *([Method(name="bm25")] if any(texts_of(queries)) else []),
-        Method(name="random"),
-    ]
+    methods = [*weighted_methods(spec), *baselines_of(queries)]
     source = open_source(spec, store)
     # Where scores alone are made, these are what the rankings come from.
     if spec.score.matrices and spec.contribute.mode == "tensor":
@@ -101,10 +96,10 @@ def _rank_by_baselines(
     found = {}
     feature_set, valid = train
     for method in methods:
-        if method.name == "bm25" and method.kernel is None:
+        if method == BM25:
             texts = texts_of(feature_set)
             places, scores = bm25(texts_of(queries), [texts[row] for row in valid], keep)
-        elif method.name == "random" and method.kernel is None:
+        elif method == RANDOM:
             places = random_rows(num_queries=queries.info.rows, num_rows=len(valid), k=keep, seed=spec.run.seed)
             scores = np.zeros(places.shape)
         else:
