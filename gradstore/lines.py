@@ -53,8 +53,8 @@ def parse_object(line: str, where: str) -> dict[str, Any]:
     return found
 
 
-def read_ids(path: Path) -> frozenset[str]:
-    """Return the example ids of a file, one a line.
+def read_ids(path: Path, key: str) -> frozenset[str]:
+    """Return the example ids of a file, one a line; ``key`` is the option or key that names it.
 
     Raises
     ------
@@ -67,8 +67,8 @@ def read_ids(path: Path) -> frozenset[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text: {error.reason}"
-        raise SpecError(f"--ids: {path} cannot be read: {reason}. Give a file of example ids, one a line.") from error
+        raise SpecError(f"{key}: {path} cannot be read: {reason}. Give a file of example ids, one a line.") from error
     ids = frozenset(line for line in lines if line.strip())
     if not ids:
-        raise DataError(f"--ids: {path} holds no id; give a file of example ids, one a line.")
+        raise DataError(f"{key}: {path} holds no id; give a file of example ids, one a line.")
     return ids

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gradstore.adapters.locations import PACKAGE
 from gradstore.adapters.models.gguf import dequantise, dequantised_folder, read_config
 from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
-from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
+from gradstore.adapters.models.pretrained import explained, find_source, quiet, refuse_unfilled
 from gradstore.adapters.protocol import Examples, QueryReader
 from gradstore.adapters.text.encoding import PREDICTED, TOKENS
 from gradstore.adapters.text.generation import ModelWriter, resolve_generation
@@ -126,6 +127,22 @@ class CausalLM:
                 self._config(weights=False), dtype=torch.float32, attn_implementation="sdpa"
             )
         return model.to(device)
+
+    def saved_place(self) -> Path:
+        """Return the folder that ``model.source`` names."""
+        source = self.model.source
+        if self.model.peft is not None or self.model.gguf_file is not None or source.startswith(PACKAGE):
+            raise SpecError(
+                f"model.source: found {source!r}; accepted: a folder, to which the trained model is written, without peft and "
+                "gguf_file."
+            )
+        return Path(source)
+
+    def save(self, model: nn.Module, place: Path) -> None:
+        """Write a model and the tokenizer to a folder."""
+        with quiet():
+            model.save_pretrained(place)  # type: ignore[operator]
+            self._tokenizer().tokenizer.save_pretrained(place)
 
     def losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return the mean cross-entropy [B] of the tokens of each example that count as predicted."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.adapters.causal_lm import NO_ARCHITECTURE
 from gradstore.adapters.images.classes import Classes
+from gradstore.adapters.images.mislabelling import mislabelled
 from gradstore.adapters.images.pixels import COLOUR, GRAY, Preparation, resolve_preparation
 from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, split_images
-from gradstore.adapters.models.modules import fill, is_function, make_module
+from gradstore.adapters.models.modules import fill, is_function, make_module, save_weights, weights_place
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import DataError, SpecError
@@ -45,6 +47,8 @@ class ImageOptions:
         3 or 1: images are converted to it. Without it all must have one number of channels.
     classes
         The names of the classes in the order of the model's outputs.
+    mislabelled
+        The share of the train images that are given a wrong label, to be looked for by ``gradstore evaluate mislabel``.
     """
 
     arguments: dict[str, Any] | None = None
@@ -53,6 +57,7 @@ class ImageOptions:
     size: int | list[int] | None = None
     channels: int | None = None
     classes: list[str] | None = None
+    mislabelled: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,10 @@ class ImageClassifier:
             raise SpecError(
                 f"model.options.arguments: {self.model.source!r} is no function (package.module:function) to be called "
                 "with them."
+            )
+        if not 0 <= self._options().mislabelled < 1:
+            raise SpecError(
+                f"model.options.mislabelled: found {self._options().mislabelled}; accepted: a share from 0 to less than 1."
             )
         self._preparation()
         self._normalisation()
@@ -112,6 +121,14 @@ class ImageClassifier:
             module = self._made(shape_only=True) if function else self._from_config(shape_only=False)
         return module.to(device)
 
+    def saved_place(self) -> Path:
+        """Return the file that ``model.weights`` names."""
+        return weights_place(self.model.weights)
+
+    def save(self, model: nn.Module, place: Path) -> None:
+        """Write a model's tensors to a file."""
+        save_weights(model, place)
+
     def losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return the cross-entropy [B] of images, whatever the run's output function is."""
         return self._outputs(model, examples, CROSS_ENTROPY)
@@ -130,6 +147,9 @@ class ImageClassifier:
         classes = self._classes(labelled)
         examples = split_images(labelled, classes, self._preparation(), self.seed)
         self._refuse_other_classes(classes, examples)
+        if share := self._options().mislabelled:
+            wrong = mislabelled(examples.splits["train"], classes, share, self.seed)
+            examples = replace(examples, splits={**examples.splits, "train": wrong})
         return examples
 
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:

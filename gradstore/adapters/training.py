@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from gradstore.adapters.models.functions import find_function, users_code
+from gradstore.adapters.models.functions import code_hash, find_function, users_code
 from gradstore.adapters.models.modules import is_function
 from gradstore.adapters.protocol import Adapter
 from gradstore.errors import SpecError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gradstore.numerics.training import TrainingSettings
 
 SCRATCH: Final = "scratch"
+_KEY: Final = "training"
 
 
 @runtime_checkable
@@ -33,6 +35,19 @@ class Untrained(Protocol):
         ...
 
 
+@runtime_checkable
+class Saved(Protocol):
+    """An adapter that can keep a model which was trained, so that ``load`` finds it."""
+
+    def saved_place(self) -> Path:
+        """Return the file or folder that [model] names for it; SpecError if it names none, or none that can be written."""
+        ...
+
+    def save(self, model: nn.Module, place: Path) -> None:
+        """Write a model to a place of that kind."""
+        ...
+
+
 class Trainer(Protocol):
     """Makes a model of train examples: the same one for the same examples and seed."""
 
@@ -41,8 +56,8 @@ class Trainer(Protocol):
         ...
 
 
-def resolve_trainer(name: str, options: Mapping[str, Any], key: str) -> Trainer:
-    """Return a trainer by its name: ``scratch``, or ``module:function``; ``key`` of run.toml is the table that names it.
+def resolve_trainer(name: str, options: Mapping[str, Any]) -> Trainer:
+    """Return a trainer by its name, ``scratch`` or ``module:function``, as [training] names it.
 
     ``scratch`` trains from random parameters by the settings of `gradstore.numerics.training.TrainingSettings`. A function is
     called with the adapter, the examples, ``seed``, ``device`` and the options by name, and returns the model.
@@ -55,13 +70,22 @@ def resolve_trainer(name: str, options: Mapping[str, Any], key: str) -> Trainer:
     if name == SCRATCH:
         from gradstore.numerics.training import TrainingSettings
 
-        settings = resolve_kind({SCRATCH: TrainingSettings}, SCRATCH, dict(options), f"{key}.options")
+        settings = resolve_kind({SCRATCH: TrainingSettings}, SCRATCH, dict(options), f"{_KEY}.options")
         return _Scratch(settings)
     if not is_function(name):
         raise SpecError(
-            f"{key}.trainer: found {name!r}; accepted: {SCRATCH}, or a function of yours, package.module:function."
+            f"{_KEY}.trainer: found {name!r}; accepted: {SCRATCH}, or a function of yours, package.module:function."
         )
-    return _Own(name, find_function(name, f"{key}.trainer"), dict(options), key)
+    return _Own(name, find_function(name, f"{_KEY}.trainer"), dict(options))
+
+
+def trainer_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells models of two trainers apart: name, options, and a hash of the file that a user's own is in."""
+    code = None
+    if name != SCRATCH:
+        find_function(name, f"{_KEY}.trainer")
+        code = code_hash(name)
+    return {"trainer": name, "options": dict(options), "code": code}
 
 
 class _Scratch:
@@ -73,7 +97,7 @@ class _Scratch:
 
         if not isinstance(adapter, Untrained):
             raise SpecError(
-                f"trainer: found {SCRATCH!r}, and {type(adapter).__name__} does not say how its model is made anew. Name a "
+                f"{_KEY}.trainer: found {SCRATCH!r}, and {type(adapter).__name__} does not say how its model is made anew. Name a "
                 "function of yours, package.module:function."
             )
         model = adapter.fresh(seed, device)
@@ -82,20 +106,20 @@ class _Scratch:
 
 
 class _Own:
-    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any], key: str) -> None:
-        self._name, self._function, self._options, self._key = name, function, options, key
+    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self._name, self._function, self._options = name, function, options
 
     def __call__(self, adapter: Adapter, examples: Sequence[Example], *, seed: int, device: str) -> nn.Module:
         from torch import nn
 
         with users_code(
-            f"{self._key}.trainer: {self._name} of {len(examples):,} examples",
+            f"{_KEY}.trainer: {self._name} of {len(examples):,} examples",
             self._name,
-            f"Mend the function, or {self._key}.options.",
+            f"Mend the function, or {_KEY}.options.",
         ):
             made = self._function(adapter, examples, seed=seed, device=device, **self._options)
         if not isinstance(made, nn.Module):
             raise SpecError(
-                f"{self._key}.trainer: {self._name} returned {type(made).__name__}; it must return a torch.nn.Module."
+                f"{_KEY}.trainer: {self._name} returned {type(made).__name__}; it must return a torch.nn.Module."
             )
         return made.eval()

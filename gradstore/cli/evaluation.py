@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +13,11 @@ from gradstore.cli.application import Json, Quiet, Run, app, draw
 from gradstore.cli.runs import Scheduler, run_stages
 from gradstore.cli.telling import telling
 from gradstore.errors import StoppedError
+
+if TYPE_CHECKING:
+    from gradstore.cluster import Engine
+    from gradstore.spec import RunSpec
+    from gradstore.stages.progress import Progress
 
 evaluate = typer.Typer(
     help="Measure what scores are worth, with and without weights, beside the baselines.", no_args_is_help=True
@@ -24,18 +30,29 @@ def lds(
     context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False, as_json: Json = False
 ) -> None:
     """Retrain on subsets of the train set, and correlate what the models output with what scores predict; see [evaluate.lds]."""
-    from gradstore.spec import read_spec
     from gradstore.stages.evaluate import evaluate_lds
 
-    found: list[dict[str, Any]] = []
-    run_stages(
-        context,
-        read_spec(run),
-        scheduler,
-        quiet,
-        lambda spec, engine, progress: found.append(evaluate_lds(spec, engine, progress)),
-    )
-    _tell(found[0], as_json=as_json)
+    _evaluate(context, run, scheduler, evaluate_lds, quiet=quiet, as_json=as_json)
+
+
+@evaluate.command()
+def mislabel(
+    context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False, as_json: Json = False
+) -> None:
+    """How surely self-influence finds train examples whose label is known to be wrong; see [evaluate.mislabel]."""
+    from gradstore.stages.evaluate import evaluate_mislabel
+
+    _evaluate(context, run, scheduler, evaluate_mislabel, quiet=quiet, as_json=as_json)
+
+
+@evaluate.command("tail-patch")
+def tail_patch(
+    context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False, as_json: Json = False
+) -> None:
+    """What one optimizer step on a query's proponents does to its log-probability; see [evaluate.tail_patch]."""
+    from gradstore.stages.evaluate import evaluate_tail_patch
+
+    _evaluate(context, run, scheduler, evaluate_tail_patch, quiet=quiet, as_json=as_json)
 
 
 @evaluate.command()
@@ -51,6 +68,29 @@ def recall(context: typer.Context, run: Run, quiet: Quiet = False, as_json: Json
     except KeyboardInterrupt:
         raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
     _tell(found, as_json=as_json)
+
+
+def _evaluate(
+    context: typer.Context,
+    run: Path,
+    scheduler: str | None,
+    measure: Callable[[RunSpec, Engine, Progress], dict[str, Any]],
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure on the workers of a run, and tell it."""
+    from gradstore.spec import read_spec
+
+    found: list[dict[str, Any]] = []
+    run_stages(
+        context,
+        read_spec(run),
+        scheduler,
+        quiet,
+        lambda spec, engine, progress: found.append(measure(spec, engine, progress)),
+    )
+    _tell(found[0], as_json=as_json)
 
 
 def _tell(found: Mapping[str, Any], *, as_json: bool) -> None:

@@ -101,6 +101,34 @@ def doctor(
 
 
 @app.command()
+def train(
+    context: typer.Context,
+    run: Run,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Train anew what was trained otherwise.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train the model of a run on its train examples, as [training] says, and write it where [model] looks for it."""
+    from gradstore.spec import read_spec
+    from gradstore.stages.train import train_model
+
+    spec = read_spec(run)
+    try:
+        with telling(context, spec.run.name, quiet=quiet) as progress:
+            found = train_model(spec, progress, force=force)
+    except KeyboardInterrupt:
+        raise StoppedError("stopped. Models that were trained stay; the same command goes on from there.") from None
+    if as_json:
+        typer.echo(json.dumps({"models": found}))
+        return
+    for model in found:
+        means = ", ".join(f"{name} {value:.4g}" for name, value in model["output"].items())
+        done = "is there" if model["kept"] else f"trained on {model['examples']:,} examples in {model['seconds']:.1f} s"
+        typer.echo(f"{model['model']}: {done}; mean output: {means}")
+
+
+@app.command()
 def featurize(
     context: typer.Context, run: Run, append: Append = False, scheduler: Scheduler = None, quiet: Quiet = False
 ) -> None:

@@ -120,7 +120,7 @@ def delete(  # noqa: PLR0913 - typer takes a command's options from its paramete
     from gradstore.stages.delete import delete as stage
     from gradstore.stages.progress import Progress
 
-    named = read_ids(ids_file) if ids_file else ()
+    named = read_ids(ids_file, "--ids") if ids_file else ()
     query = Query.parse([*(ids or []), *named], where or [])
     found = stage(store, query, feature_set or [], Progress(quiet=quiet), dry_run=not yes)
     if as_json:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from gradstore.errors import SpecError
 from gradstore.spec.section import NAME, Section
+
+
+class StepSection(Section):
+    """One optimizer step on the ``k`` proponents of a query, as one batch.
+
+    ``saved`` is the optimizer whose state ``model.optimizer`` names, ``adamw`` and ``sgd`` are fresh.
+    """
+
+    k: int = Field(default=10, ge=1)
+    optimizer: Literal["adamw", "sgd", "saved"] = "adamw"
+    learning_rate: float = Field(default=1e-5, gt=0)
+
+
+class TailPatchSection(StepSection):
+    """[score.tail_patch]: what such a step does to some queries, the first ones."""
+
+    queries: int = Field(default=10, ge=0)
+
+
+class MeasuredTailPatchSection(StepSection):
+    """[evaluate.tail_patch]: what such a step does to all eval queries, or so many of them."""
+
+    queries: int | None = Field(default=None, ge=1)
 
 
 class RecallSection(Section):
@@ -35,19 +58,29 @@ class RecallSection(Section):
 
 
 class DatamodelingSection(Section):
-    """[evaluate.lds]: how models are retrained on subsets of the train examples.
+    """[evaluate.lds]: how models are retrained on subsets of the train examples, by the trainer of [training].
 
-    ``trainer`` is ``scratch`` or a function ``module:function``, ``options`` are its own; of every one of the ``subsets``, which
-    hold a ``share`` of the examples each, ``seeds`` models are trained and their outputs averaged. ``name`` tells apart retrainings
-    by several trainers.
+    Of every one of the ``subsets``, which hold a ``share`` of the examples each, ``seeds`` models are trained and their outputs
+    averaged. ``name`` tells apart retrainings by several trainers.
     """
 
     name: str = Field(default="half", pattern=NAME)
     subsets: int = Field(default=32, ge=2)
     share: float = Field(default=0.5, gt=0, lt=1)
     seeds: int = Field(default=1, ge=1)
-    trainer: str = Field(default="scratch", min_length=1)
-    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class MislabelSection(Section):
+    """[evaluate.mislabel]: which train examples are known to have a wrong label, and among how many they are looked for.
+
+    ``examples`` is a file with the column example, ids of those whose label is wrong; without it they are those that
+    ``model.options.mislabelled`` made wrong. ``rows`` are looked through, drawn by the run's seed. Self-influence is also divided
+    by the mean of an example's ``top`` highest scores; 0 leaves that out.
+    """
+
+    examples: str | None = Field(default=None, min_length=1)
+    rows: int = Field(default=5000, ge=2)
+    top: int = Field(default=10, ge=0)
 
 
 class EvaluateSection(Section):
@@ -55,3 +88,5 @@ class EvaluateSection(Section):
 
     recall: RecallSection | None = None
     lds: DatamodelingSection | None = None
+    mislabel: MislabelSection | None = None
+    tail_patch: MeasuredTailPatchSection | None = None

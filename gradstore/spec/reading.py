@@ -14,11 +14,16 @@ from gradstore.spec.data import SPLITS, DataSection, SplitSection
 from gradstore.spec.sections import RunSpec
 
 T = TypeVar("T", bound=BaseModel)
+_METHOD: Final = "method:"
+_METHODS: Final = Path(__file__).parent / "methods"
 _MODEL_PATHS: Final = ("source", "weights", "peft")
 
 
 def read_spec(path: str | Path) -> RunSpec:
     """Read and check run.toml; relative paths inside it are made absolute against its folder.
+
+    ``include`` lists files that are read before it, beside it or, as ``method:NAME``, of those that come with gradstore: what
+    later ones say, and at last run.toml itself, stands in place of what earlier ones say, key by key.
 
     Raises
     ------
@@ -26,13 +31,48 @@ def read_spec(path: str | Path) -> RunSpec:
         With one line per problem: the key, what was found, and what is accepted.
     """
     path = Path(path)
+    return parse_spec(_with_included(path, ()), origin=str(path), folder=path.resolve().parent)
+
+
+def _with_included(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a file over those of the files that it includes."""
+    values = _read_toml(path)
+    names = values.pop("include", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SpecError(f"{path}: include: found {names!r}; accepted: a list of files and of method:NAME.")
+    found: dict[str, Any] = {}
+    for name in names:
+        file = _method(name, path) if name.startswith(_METHOD) else path.parent / name
+        if file.resolve() in (path.resolve(), *within):
+            raise SpecError(f"{path}: include: {name} includes this file in turn.")
+        found = _merged(found, _with_included(file, (path.resolve(), *within)))
+    return _merged(found, values)
+
+
+def _method(name: str, path: Path) -> Path:
+    known = {file.stem: file for file in _METHODS.glob("*.toml")}
+    if (method := name.removeprefix(_METHOD)) not in known:
+        raise SpecError(f"{path}: include: found {name!r}; accepted methods: {', '.join(sorted(known))}.")
+    return known[method]
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merged key by key; all else of the upper one."""
+    both = {key: _merged(below[key], value) for key, value in above.items() if _are_tables(below.get(key), value)}
+    return {**below, **above, **both}
+
+
+def _are_tables(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SpecError(f"{path}: no such file. `gradstore init` writes one.") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(f"{path}: not readable as TOML: {error}.") from error
-    return parse_spec(values, origin=str(path), folder=path.resolve().parent)
 
 
 def parse_spec(values: Mapping[str, Any], *, origin: str = "run.toml", folder: Path | None = None) -> RunSpec:
@@ -48,9 +88,10 @@ def parse_spec(values: Mapping[str, Any], *, origin: str = "run.toml", folder: P
 
 def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     def absolute(value: str) -> str:
-        # A hub id and a package: or s3:// source are no paths; only what exists beside run.toml is one.
-        candidate = folder / value
-        return str(candidate) if ":" not in value and candidate.exists() else value
+        # A hub id and a package: or s3:// source are no paths; only what exists beside run.toml or here is one. Workers run in
+        # folders of their own, so they are told the whole path.
+        places = [] if ":" in value else [folder / value, Path(value).absolute()]
+        return next((str(place) for place in places if place.exists()), value)
 
     def resolved(section: T, *keys: str) -> T:
         given = {key: value for key in keys if (value := getattr(section, key)) is not None}
@@ -60,18 +101,22 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     model = model.model_copy(update={"members": [resolved(member, *_MODEL_PATHS) for member in model.members]})
     if model.config is not None:
         model = model.model_copy(update={"config": str(folder / model.config)})
+    training = resolved(spec.training, "base")
     data = spec.data
     splits = {name: resolved(data.splits()[name], "source", "labels") for name in SPLITS}
     aspects = {name: resolved(split, "source", "labels") for name, split in data.aspects.items()}
 
-    def with_pairs(section: T, pairs: str | None) -> T:
-        given = pairs is not None and "://" not in pairs
-        return section.model_copy(update={"pairs": str(folder / str(pairs))}) if given else section
+    def with_file(section: T, key: str) -> T:
+        value = getattr(section, key)
+        if value is None or "://" in value:
+            return section
+        return section.model_copy(update={key: str(folder / value)})
 
     evaluate = spec.evaluate
     if evaluate.recall is not None:
-        recall = with_pairs(evaluate.recall, evaluate.recall.pairs)
-        evaluate = evaluate.model_copy(update={"recall": recall})
+        evaluate = evaluate.model_copy(update={"recall": with_file(evaluate.recall, "pairs")})
+    if evaluate.mislabel is not None:
+        evaluate = evaluate.model_copy(update={"mislabel": with_file(evaluate.mislabel, "examples")})
     store = spec.run.store
     if "://" not in store:
         # Workers run in folders of their own, so they are told the whole path.
@@ -81,7 +126,8 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
             "run": spec.run.model_copy(update={"store": store}),
             "model": model,
             "data": data.model_copy(update={**splits, "aspects": aspects}),
-            "learn": with_pairs(spec.learn, spec.learn.pairs),
+            "learn": with_file(spec.learn, "pairs"),
+            "training": training,
             "evaluate": evaluate,
         }
     )

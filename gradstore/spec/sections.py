@@ -1,4 +1,4 @@
-"""The tables of run.toml, as frozen values; those of [data], [cluster], [learn] and [evaluate] are in files of their own."""
+"""The tables of run.toml, as frozen values; those of [data], [cluster], [learn], [training] and [evaluate] are in files of their own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from gradstore.errors import SpecError
 from gradstore.spec.cluster import ClusterSection
 from gradstore.spec.data import DataSection
-from gradstore.spec.evaluation import EvaluateSection
+from gradstore.spec.evaluation import EvaluateSection, TailPatchSection
 from gradstore.spec.learning import LearnSection
 from gradstore.spec.section import NAME, Section
+from gradstore.spec.training import TrainingSection
 
 LONE_MEMBER = "m0"
 # The mean of all members; none of them has a dot in its name.
@@ -189,15 +190,6 @@ class ContributeSection(Section):
     second_moments: bool = True
 
 
-class TailPatchSection(Section):
-    """[score.tail_patch]: one optimizer step on a query's proponents, and what it does to the query."""
-
-    queries: int = Field(default=10, ge=0)
-    k: int = Field(default=10, ge=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(default=1e-5, gt=0)
-
-
 class ScoreSection(Section):
     """[score]: how many proponents and opponents are kept per query, whether all scores are, and what they are compared with."""
 
@@ -232,6 +224,7 @@ class RunSpec(Section):
     learn: LearnSection = LearnSection()
     score: ScoreSection = ScoreSection()
     sketch: SketchSection = SketchSection()
+    training: TrainingSection = TrainingSection()
     evaluate: EvaluateSection = EvaluateSection()
     cluster: ClusterSection = ClusterSection()
 
@@ -253,6 +246,13 @@ class RunSpec(Section):
                 'weights in it. Set contribute.mode = "scores", or leave contribute.weights out.'
             )
         self._refuse_score_weights()
+        last = self.model.of_member([*self.model.etas][-1])
+        for key, step in (("score", self.score.tail_patch), ("evaluate", self.evaluate.tail_patch)):
+            if step is not None and step.optimizer == "saved" and last.optimizer is None:
+                raise SpecError(
+                    f'{key}.tail_patch.optimizer: found "saved", and model.optimizer names no file with the state of one. Name it, or '
+                    'take a fresh "adamw" or "sgd".'
+                )
         return self
 
     def _refuse_score_weights(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -13,11 +13,23 @@ from gradstore.spec import RunSpec
 from gradstore.stages.contribute.blocks import BlockBuilder, MakeReader
 from gradstore.stages.contribute.queries import Slab
 from gradstore.stages.progress import Progress
+from gradstore.stages.reading import full_width
 from gradstore.store.alignment import aligned
-from gradstore.store.features import FeatureStore
+from gradstore.store.features import FeatureStore, SetInfo
 
 if TYPE_CHECKING:
     from gradstore.numerics.scores import Transform
+
+# Memory for queries that are ranked for in one reading.
+QUERY_BYTES: Final = 2**30
+# Copies of a query's features that are alive at once: computed, stored, preconditioned, and beside others.
+_COPIES: Final = 4
+
+
+def query_bytes(train: SetInfo) -> int:
+    """Memory that one more query of a reading of the train set takes: its features, C of a block, and what becomes of that."""
+    features = _COPIES * 4 * len(train.members) * sum(map(full_width, train.arrays))
+    return features + 3 * 8 * train.block_rows * len(train.arrays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
-"""Reading features as kernels and contributions take them: of rank-c factors the matrices that they stand for."""
+"""Reading features as kernels and contributions take them, of rank-c factors the matrices that they stand for; and examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 
 from gradstore.spec import MEAN_MEMBER
+from gradstore.store.examples import Example, from_table
 from gradstore.store.features import FeatureArray, FeatureSet, Piece
 
 
@@ -54,3 +55,11 @@ def next_mean(pieces: Iterator[Piece], array: FeatureArray, members: int) -> np.
         np.add(total, full_rows(array, piece.rows[array.name]), out=total)
     np.divide(total, members, out=total)
     return total
+
+
+def examples_at(feature_set: FeatureSet, rows: Sequence[int]) -> list[Example]:
+    """The examples of some rows of a set, in that order."""
+    block_rows = feature_set.info.block_rows
+    blocks = {row // block_rows for row in rows}
+    tables = {block: from_table(feature_set.read_inputs(block)) for block in blocks}
+    return [tables[row // block_rows][row % block_rows] for row in rows]

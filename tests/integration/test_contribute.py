@@ -16,8 +16,9 @@ from gradstore.cluster import Engine
 from gradstore.plan.resolve import make_adapter
 from gradstore.spec import RunSpec, read_spec
 from gradstore.stages.progress import Progress
+from gradstore.stages.reading import examples_at
 from gradstore.stages.run import stages_of
-from gradstore.stages.score.tail_patch import examples_at, patch_query
+from gradstore.stages.score.tail_patch import patch_query
 from gradstore.store.artifacts import ContributionArtifact, ScoresArtifact, WeightsArtifact
 from gradstore.store.features import FeatureStore
 from tests import oracle
@@ -204,7 +205,11 @@ def test_the_tail_patch_of_a_margin_is_that_of_its_cross_entropy(folder: Path) -
     changes = []
     for output in ("margin", "cross_entropy"):
         spec = run(folder, f"patched-{output}", {"model": {"output": output}})
-        changes.append(patch_query(spec.run.store, spec.model_dump(), 1, {"some": [1, 4, 7]})["some"])
+        changes.append(
+            patch_query(spec.run.store, spec.model_dump(), 1, {"some": [1, 4, 7]}, spec.score.tail_patch.model_dump())[
+                "some"
+            ]
+        )
 
     # Images 1, 4 and 7 have the query's class: training on them raises its probability.
     assert changes[0] == pytest.approx(changes[1], rel=1e-3)

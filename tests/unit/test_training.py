@@ -103,16 +103,16 @@ def test_no_examples_and_losses_that_are_no_numbers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("adam", {}, r"evaluate\.lds\.trainer: found 'adam'; accepted: scratch, or a function of yours"),
-        ("scratch", {"steps": 3}, r"evaluate\.lds\.options\.steps: unknown key; accepted for scratch: epochs, batch"),
-        ("scratch", {"epochs": "3"}, r"evaluate\.lds\.options\.epochs: found '3'; accepted"),
-        ("scratch", {"schedule": "step"}, r"evaluate\.lds\.options\.schedule: found 'step'; accepted: 'constant'"),
-        ("no_such_module:train", {}, r"evaluate\.lds\.trainer: .*Python finds no module 'no_such_module'"),
+        ("adam", {}, r"training\.trainer: found 'adam'; accepted: scratch, or a function of yours"),
+        ("scratch", {"steps": 3}, r"training\.options\.steps: unknown key; accepted for scratch: epochs, batch"),
+        ("scratch", {"epochs": "3"}, r"training\.options\.epochs: found '3'; accepted"),
+        ("scratch", {"schedule": "step"}, r"training\.options\.schedule: found 'step'; accepted: 'constant'"),
+        ("no_such_module:train", {}, r"training\.trainer: .*Python finds no module 'no_such_module'"),
     ],
 )
 def test_what_is_no_trainer_is_refused_by_its_key(name: str, options: dict[str, Any], match: str) -> None:
     with pytest.raises(SpecError, match=match):
-        resolve_trainer(name, options, "evaluate.lds")
+        resolve_trainer(name, options)
 
 
 def test_a_trainer_of_ones_own_is_called_with_its_options_and_must_return_a_model(
@@ -128,15 +128,15 @@ def test_a_trainer_of_ones_own_is_called_with_its_options_and_must_return_a_mode
     examples: Any = [None] * 4
     adapter: Any = None
 
-    model = resolve_trainer("own_trainers:good", {"width": 7}, "evaluate.lds")(adapter, examples, seed=0, device="cpu")
+    model = resolve_trainer("own_trainers:good", {"width": 7})(adapter, examples, seed=0, device="cpu")
     assert isinstance(model, nn.Linear)
     assert (model.in_features, model.out_features, model.training) == (4, 7, False)
     with pytest.raises(SpecError, match=r"own_trainers:bad returned int; it must return a torch\.nn\.Module"):
-        resolve_trainer("own_trainers:bad", {}, "evaluate.lds")(adapter, examples, seed=0, device="cpu")
+        resolve_trainer("own_trainers:bad", {})(adapter, examples, seed=0, device="cpu")
     with pytest.raises(
         SpecError, match=r"own_trainers:ugly of 4 examples failed: RuntimeError: no room \(own_trainers"
     ):
-        resolve_trainer("own_trainers:ugly", {}, "evaluate.lds")(adapter, examples, seed=0, device="cpu")
+        resolve_trainer("own_trainers:ugly", {})(adapter, examples, seed=0, device="cpu")
     sys.modules.pop("own_trainers")
 
 
@@ -144,7 +144,7 @@ def test_a_language_model_is_made_anew_and_learns_the_examples(tmp_path: Path) -
     spec = read_spec(make_run(tmp_path, str(tmp_path / "store")))
     adapter = make_adapter(spec)
     examples = adapter.examples().splits["train"][:24]
-    trainer = resolve_trainer("scratch", {"epochs": 20, "batch": 12, "learning_rate": 0.01}, "evaluate.lds")
+    trainer = resolve_trainer("scratch", {"epochs": 20, "batch": 12, "learning_rate": 0.01})
 
     model, again = (trainer(adapter, examples, seed=5, device="cpu") for _ in range(2))
 
@@ -160,7 +160,9 @@ def test_a_language_model_is_made_anew_and_learns_the_examples(tmp_path: Path) -
 
 
 def test_an_adapter_that_makes_no_model_anew_is_told_to_the_user(tmp_path: Path) -> None:
-    trainer = resolve_trainer("scratch", {}, "evaluate.lds")
+    trainer = resolve_trainer("scratch", {})
     adapter: Any = object()
-    with pytest.raises(SpecError, match="trainer: found 'scratch', and object does not say how its model is made anew"):
+    with pytest.raises(
+        SpecError, match=r"training\.trainer: found \'scratch\', and object does not say how its model is made anew"
+    ):
         trainer(adapter, [], seed=0, device="cpu")

@@ -22,6 +22,8 @@ IMAGE: Final = "image"
 """The input of an image example: uint8 [C, H, W]."""
 CLASS: Final = "class"
 """The number of its class: int64, without dimensions."""
+TRUE_CLASS: Final = "true_class"
+"""The number that it has in the source, where some are given another one on purpose."""
 
 # One token of a batch's budget stands for 8 x 8 pixels.
 PIXELS_PER_TOKEN: Final = 64

@@ -75,6 +75,31 @@ def fill(module: nn.Module, weights: str) -> None:
     module.load_state_dict(dict(state))
 
 
+def weights_place(weights: str | None) -> Path:
+    """Return the file of weights that a model which is trained is written to.
+
+    Raises
+    ------
+    SpecError
+        If there is no name of a file of safetensors.
+    """
+    if weights is None or weights.startswith(PACKAGE) or Path(weights).suffix != SAFETENSORS:
+        found = "is missing" if weights is None else f"found {weights!r}"
+        raise SpecError(
+            f"model.weights: {found}; accepted: a file {SAFETENSORS}, to which the trained model is written."
+        )
+    return Path(weights)
+
+
+def save_weights(module: nn.Module, place: Path) -> None:
+    """Write all tensors of a module to a file of safetensors."""
+    from safetensors.torch import save
+
+    # Tensors that share memory, as tied ones do, are written each for itself.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+    place.write_bytes(save(tensors))
+
+
 def _read(weights: str) -> dict[str, Tensor]:
     import torch
 

@@ -31,6 +31,24 @@ def read_divisors(file: str, model: nn.Module) -> dict[str, Tensor]:
     DataError
         If it is no state of Adam, or not one of this model.
     """
+    divisors = {}
+    for name, (group, entry) in read_adam(file, model).items():
+        beta2, epsilon = _settings(file, group)
+        moment = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+        divisors[name] = _root(file, name, entry, (moment, beta2)) + epsilon
+    return divisors
+
+
+def read_adam(file: str, model: nn.Module) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return, for every parameter that the optimizer has stepped, the settings of its group and its moments; see `read_divisors`.
+
+    Raises
+    ------
+    SpecError
+        If there is no such file.
+    DataError
+        If it is no state of an optimizer, or not one of this model.
+    """
     state = read_tensors_only(file, _KEY)
     groups, moments = state.get("param_groups"), state.get("state")
     if not isinstance(groups, list) or not isinstance(moments, Mapping):
@@ -39,18 +57,18 @@ def read_divisors(file: str, model: nn.Module) -> dict[str, Tensor]:
             "Save optimizer.state_dict() with torch.save."
         )
     parameters = dict(model.named_parameters())
-    divisors: dict[str, Tensor] = {}
+    found = {}
     for group, names in zip(groups, _names(file, groups, parameters), strict=True):
-        beta2, epsilon = _settings(file, group)
+        _settings(file, group)
         for number, name in zip(group["params"], names, strict=True):
             entry = moments.get(number)
             if entry is None or float(entry.get("step", 1)) == 0:
                 continue
-            moment = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-            divisors[name] = _root(file, name, entry, parameters, (moment, beta2)) + epsilon
-    if not divisors:
+            _refuse_strange(file, name, entry, parameters)
+            found[name] = group, entry
+    if not found:
         raise DataError(f"{_KEY}: {file} has stepped no parameter yet. Save it after training.")
-    return divisors
+    return found
 
 
 def _names(
@@ -80,24 +98,27 @@ def _settings(file: str, group: Mapping[str, Any]) -> tuple[float, float]:
     return float(group["betas"][1]), float(group["eps"])
 
 
-def _root(
-    file: str,
-    name: str,
-    entry: Mapping[str, Any],
-    parameters: Mapping[str, nn.Parameter],
-    second_moment: tuple[str, float],
-) -> Tensor:
-    """The root of a parameter's second moment, whose (key, beta_2) are given, corrected for its start at zero."""
+def _refuse_strange(file: str, name: str, entry: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Make sure that an entry holds Adam's second moment of a parameter of the model."""
     import torch
 
-    key, beta2 = second_moment
-    moment = entry.get(key)
+    moment = entry.get("exp_avg_sq")
     if not isinstance(moment, torch.Tensor) or "step" not in entry:
-        raise DataError(f"{_KEY}: {file} has no {key} and step of {name}. Name a state of Adam or AdamW.")
+        raise DataError(f"{_KEY}: {file} has no exp_avg_sq and step of {name}. Name a state of Adam or AdamW.")
     if name not in parameters or moment.shape != parameters[name].shape:
         held = list(parameters[name].shape) if name in parameters else "no such parameter"
         raise DataError(
             f"{_KEY}: {file} has {name} {list(moment.shape)}, the model {held}. Name the optimizer's state of this model."
         )
+
+
+def _root(file: str, name: str, entry: Mapping[str, Any], second_moment: tuple[str, float]) -> Tensor:
+    """The root of a parameter's second moment, whose (key, beta_2) are given, corrected for its start at zero."""
+    import torch
+
+    key, beta2 = second_moment
+    moment = entry.get(key)
+    if not isinstance(moment, torch.Tensor):
+        raise DataError(f"{_KEY}: {file} has no {key} of {name}. Name a state of Adam or AdamW.")
     corrected: Tensor = moment.double() / (1 - beta2 ** float(entry["step"]))
     return torch.sqrt(corrected).float()

@@ -42,13 +42,10 @@ def explained(named: str, *, role: str, holds: str) -> Iterator[None]:
     ``named`` is the key and its value, ``role`` what should load, ``holds`` what a folder of it holds.
     """
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
-        yield
+        with quiet():
+            yield
     except (GradstoreError, MemoryError):
         raise
     except SafetensorError as error:
@@ -59,6 +56,18 @@ def explained(named: str, *, role: str, holds: str) -> Iterator[None]:
             f"{named} does not load as {role}: {error}\n"
             f"Name a folder with {holds}, or a hub id that this machine can reach."
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Enter with transformers' progress bars and warnings off; they are put back."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if shown:

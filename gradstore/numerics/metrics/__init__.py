@@ -15,9 +15,10 @@ from gradstore.numerics.metrics.detection import area_under_curve, compare_detec
 from gradstore.numerics.metrics.intervals import Comparison, Interval, mean_interval, paired_interval
 from gradstore.numerics.metrics.precision import chance_precision, precision_at_k
 from gradstore.numerics.metrics.retrieval import RankSearch, recall_at_k, reciprocal_rank
-from gradstore.numerics.metrics.tail_patch import tail_patch
+from gradstore.numerics.metrics.tail_patch import AdamState, tail_patch
 
 __all__ = [
+    "AdamState",
     "Comparison",
     "DatamodelingScore",
     "Interval",

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
-from gradstore.adapters.models.functions import code_hash, find_function
-from gradstore.adapters.training import SCRATCH, resolve_trainer
+from gradstore.adapters.training import resolve_trainer, trainer_settings
 from gradstore.cluster import Engine, Task
 from gradstore.errors import DataError, SpecError, SupersededError
 from gradstore.numerics.generator import derive_key
@@ -21,7 +20,7 @@ from gradstore.spec.evaluation import DatamodelingSection
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.tail_patch import examples_at
+from gradstore.stages.reading import examples_at
 from gradstore.store.artifacts import RetrainedArtifact
 from gradstore.store.codecs import plain
 from gradstore.store.examples import Example
@@ -65,7 +64,7 @@ def retrain(spec: RunSpec, engine: Engine, progress: Progress) -> Retrained:
         If models of this name were trained otherwise.
     """
     section = section_of(spec)
-    resolve_trainer(section.trainer, section.options, KEY)
+    resolve_trainer(spec.training.trainer, spec.training.options)
     store = FeatureStore.open(spec.run.store)
     places = [(subset, seed) for subset in range(section.subsets) for seed in range(section.seeds)]
     common = _settings(spec, store)
@@ -104,8 +103,7 @@ def section_of(spec: RunSpec) -> DatamodelingSection:
     """
     if spec.evaluate.lds is None:
         raise SpecError(
-            f'{KEY}: is missing; accepted: a table [{KEY}] with subsets and a trainer, which is "scratch" or a function of '
-            "yours, package.module:function."
+            f"{KEY}: is missing; accepted: a table [{KEY}] with subsets and share; [training] says how models are trained."
         )
     return spec.evaluate.lds
 
@@ -132,7 +130,7 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
     began = time.monotonic()
     examples = examples_at(store.open_set("train"), np.flatnonzero(_masks(spec, store, [subset])[0]).tolist())
     adapter = make_adapter(spec)
-    trainer = resolve_trainer(section.trainer, section.options, KEY)
+    trainer = resolve_trainer(spec.training.trainer, spec.training.options)
     drawn = derive_key(spec.run.seed, "lds", f"training {subset} {seed}") % 2**63
     model = trainer(adapter, examples, seed=drawn, device=resolve_device(spec))
     found = {name: _outputs(adapter, model, store, name) for name in QUERY_SETS}
@@ -169,21 +167,11 @@ def _settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
     section = section_of(spec)
     return {
         "share": section.share,
-        "trainer": section.trainer,
-        "options": dict(section.options),
-        "code": _code(section.trainer),
+        **trainer_settings(spec.training.trainer, spec.training.options),
         "run_seed": spec.run.seed,
         "train": store.describe("train"),
         **{name: store.describe(name) for name in QUERY_SETS},
     }
-
-
-def _code(trainer: str) -> str | None:
-    """Hash of the file that a user's trainer is in."""
-    if trainer == SCRATCH:
-        return None
-    find_function(trainer, f"{KEY}.trainer")
-    return code_hash(trainer)
 
 
 def _of_place(common: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:

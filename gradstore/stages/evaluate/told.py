@@ -55,12 +55,15 @@ def render_evaluation(found: Mapping[str, Any]) -> RenderableType:
     """Draw what was measured as a table for a terminal."""
     from rich.table import Table
 
-    title = f"{found['measure']} of {found['queries']:,} queries, with 95 % intervals"
+    title = f"{found['measure']} of {found['queries']:,} {'examples' if 'wrong' in found else 'queries'}, with 95 % intervals"
     table = Table("measure", "method", title=title, title_justify="left")
     for column in ("mean", "less unweighted"):
         table.add_column(column, justify="right")
     for name in found["methods"][0]["measures"]:
         for row in found["methods"]:
+            # Baselines lack what is made of scores alone.
+            if name not in row["measures"]:
+                continue
             told = row["measures"][name]
             difference = "" if told.get("difference") is None else _interval(told["difference"], sign="+")
             method = f"{row['kernel']}.{row['method']}" if row["kernel"] else row["method"]

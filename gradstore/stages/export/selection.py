@@ -115,7 +115,7 @@ def choose(store: FeatureStore, selection: Selection) -> Chosen:
         _require_committed(feature_set, [block for block in blocks if block not in committed], len(blocks))
         wanted = None
     else:
-        blocks, wanted = list(committed), read_ids(selection.ids)
+        blocks, wanted = list(committed), read_ids(selection.ids, "--ids")
 
     def read(block: int) -> pa.Table:
         return feature_set.read_examples(["row", "example_id", "label", "valid"], block=block)

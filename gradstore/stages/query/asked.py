@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import pyarrow as pa
 
 from gradstore.errors import ContractError, DataError, SpecError
@@ -16,6 +18,7 @@ from gradstore.stages.contribute import across, queries
 from gradstore.stages.contribute.artifacts import create_queries
 from gradstore.stages.featurize.block import featurize_blocks
 from gradstore.stages.featurize.tables import statistics_of
+from gradstore.stages.reading import examples_at
 from gradstore.stages.spectra import KeptSpectra
 from gradstore.store.contract import require_equal
 from gradstore.store.examples import Example, data_hash, from_table, to_table
@@ -120,8 +123,30 @@ def copy_row(store: FeatureStore, place: Place) -> tuple[str, Example]:
     name = f"{_PREFIX}-{place.set_name}-{place.row}-{digest[:_HASH_DIGITS]}"
     made = store.create_set(_info(source.info, name, 1, digest), [to_table([example], 0)])
     for member in made.info.members:
-        _copy(source.of_member(member), made.of_member(member), place)
+        block, index = divmod(place.row, source.info.block_rows)
+        if not source.of_member(member).read_examples(block=block)["valid"][index].as_py():
+            raise DataError(f"--index: {place}: its features are not finite. Name another row.")
+        _copy(source.of_member(member), made.of_member(member), [place.row])
     return name, example
+
+
+def copy_rows(store: FeatureStore, set_name: str, rows: Sequence[int]) -> str:
+    """Take the features of some stored rows, valid ones, as a set of the store; return its name.
+
+    Raises
+    ------
+    ContractError
+        If the features are not a query's, as in `copy_row`.
+    """
+    _refuse_directions(store, Place(set_name=set_name, row=rows[0]))
+    source = store.open_set(set_name)
+    examples = examples_at(source, rows)
+    digest = data_hash(examples)
+    name = f"{_PREFIX}-{set_name}-{digest[:_HASH_DIGITS]}"
+    made = store.create_set(_info(source.info, name, len(rows), digest), [to_table(examples, 0)])
+    for member in made.info.members:
+        _copy(source.of_member(member), made.of_member(member), rows)
+    return name
 
 
 def precondition(store: FeatureStore, spec: RunSpec, name: str, kept: KeptSpectra) -> None:
@@ -181,12 +206,15 @@ def _refuse_directions(store: FeatureStore, place: Place) -> None:
         )
 
 
-def _copy(source: FeatureSet, made: FeatureSet, place: Place) -> None:
-    block, index = divmod(place.row, source.info.block_rows)
-    table = source.read_examples(block=block).slice(index, 1)
-    if not table["valid"][0].as_py():
-        raise DataError(f"--index: {place}: its features are not finite. Name another row.")
-    row = table.column_names.index("row")
-    table = table.set_column(row, table.field(row), pa.array([0], pa.int64()))
-    features = {name: values[index : index + 1] for name, values in source.read_block(block).items()}
+def _copy(source: FeatureSet, made: FeatureSet, rows: Sequence[int]) -> None:
+    """Write some rows of a set as the one block of another."""
+    parts, tables = [], []
+    for block, of_block in groupby(rows, lambda row: row // source.info.block_rows):
+        places = [row % source.info.block_rows for row in of_block]
+        tables.append(source.read_examples(block=block).take(places))
+        parts.append({name: values[places] for name, values in source.read_block(block).items()})
+    features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    table = pa.concat_tables(tables)
+    column = table.column_names.index("row")
+    table = table.set_column(column, table.field(column), pa.array(range(len(rows)), pa.int64()))
     made.write_block(0, features, examples=table, statistics=statistics_of(made.info, features), facts={})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any, Final, Self, cast
+from typing import Any, Self, cast
 from uuid import uuid4
 
 from gradstore.adapters import QueryReader, TakesQueries
@@ -20,8 +20,7 @@ from gradstore.stages.progress import Progress
 from gradstore.stages.query.answer import Answer, Group, rankings_of
 from gradstore.stages.query.asked import Place, copy_row, featurize_examples, precondition, refuse_other_model
 from gradstore.stages.query.screened import Screening, rank_candidates
-from gradstore.stages.ranking import Ranker, Winners, rank
-from gradstore.stages.reading import full_width
+from gradstore.stages.ranking import QUERY_BYTES, Ranker, Winners, query_bytes, rank
 from gradstore.stages.sketches import Sketch
 from gradstore.stages.spectra import KeptSpectra
 from gradstore.stages.weights import UNWEIGHTED, read_weights
@@ -30,11 +29,6 @@ from gradstore.store.backend import open_storage
 from gradstore.store.backend.overlay import OverlayStorage, overlay_url
 from gradstore.store.examples import Example
 from gradstore.store.features import FeatureSet, FeatureStore, KeepingReader, KeptBlocks, Room
-
-# Memory for queries that are answered in one reading.
-_QUERY_BYTES: Final = 2**30
-# Copies of a query's features that are alive at once: computed, stored, preconditioned, and beside others.
-_COPIES: Final = 4
 
 
 class Session:
@@ -171,7 +165,7 @@ class Session:
             examples = self._read(records, truncate=truncate)
             sketch = self._find_sketch(exact=exact)
             found: list[Answer] = []
-            at_once = max(1, _QUERY_BYTES // self._query_bytes(sketch))
+            at_once = max(1, QUERY_BYTES // self._query_bytes(sketch))
             for first in range(0, len(examples), at_once):
                 batch = examples[first : first + at_once]
                 with self._forgetting():
@@ -276,12 +270,9 @@ class Session:
 
     def _query_bytes(self, sketch: Sketch | None) -> int:
         """Memory that one more query of a reading takes."""
-        info = self._train.info
         # Estimates under every weighting, their order, and which are finite.
-        estimates = 0 if sketch is None else 12 * len(self._weightings) * info.rows
-        features = _COPIES * 4 * len(info.members) * sum(map(full_width, info.arrays))
-        # C of a block, and what becomes of it on the way to scores.
-        return features + estimates + 3 * 8 * info.block_rows * len(info.arrays)
+        estimates = 0 if sketch is None else 12 * len(self._weightings) * self._train.info.rows
+        return estimates + query_bytes(self._train.info)
 
     def _refuse_k(self, k: int) -> None:
         most = self._train.info.num_examples

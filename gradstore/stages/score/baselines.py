@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from gradstore.stages.score.sources import BM25, RANDOM, Method
-from gradstore.store.features import FeatureSet
+from gradstore.numerics.scores import Ranked
+from gradstore.stages.score.sources import BM25, RANDOM, Method, Ranks
+from gradstore.store.features import FeatureSet, FeatureStore
 
 
 def texts_of(feature_set: FeatureSet) -> list[str]:
@@ -24,6 +25,26 @@ def texts_of(feature_set: FeatureSet) -> list[str]:
 def baselines_of(queries: FeatureSet) -> tuple[Method, ...]:
     """Return the baselines of some queries: images without captions have no words to compare."""
     return (BM25, RANDOM) if any(texts_of(queries)) else (RANDOM,)
+
+
+def rank_by_baselines(
+    store: FeatureStore, methods: Sequence[Method], rows_N: Int[np.ndarray, " N"], keep: int, *, seed: int
+) -> dict[Method, Ranks]:
+    """Rank some train rows, the valid ones, by those of the methods that are baselines."""
+    found = {}
+    for method in methods:
+        queries = store.open_set("eval")
+        if method == BM25:
+            texts = texts_of(store.open_set("train"))
+            places, scores = bm25(texts_of(queries), [texts[row] for row in rows_N], keep)
+        elif method == RANDOM:
+            places = random_rows(num_queries=queries.info.rows, num_rows=len(rows_N), k=keep, seed=seed)
+            scores = np.zeros(places.shape)
+        else:
+            continue
+        parts = np.empty((*places.shape, 0), np.float32)
+        found[method] = Ranks(proponents=Ranked(rows=rows_N[places], scores=scores, parts=parts))
+    return found
 
 
 def bm25(

@@ -13,9 +13,9 @@ from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import StoredContributions, valid_rows_of
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.baselines import baselines_of, bm25, random_rows, texts_of
+from gradstore.stages.score.baselines import baselines_of, rank_by_baselines
 from gradstore.stages.score.matrices import write_matrices
-from gradstore.stages.score.sources import BM25, RANDOM, Method, Ranks, Source, open_source, weighted_methods
+from gradstore.stages.score.sources import Method, Ranks, Source, open_source, weighted_methods
 from gradstore.stages.score.tail_patch import LOG_PROBABILITIES, tail_patches
 from gradstore.store.artifacts import ScoresArtifact
 from gradstore.store.features import FeatureSet, FeatureStore
@@ -56,7 +56,7 @@ def _score(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progres
     valid = source.valid_rows(), valid_rows_of(store, "eval")
     keep = min(max(spec.score.k, PRECISION_K), len(valid[0]))
     ranks = source.rank([*artifacts], keep, progress)
-    ranks |= _rank_by_baselines(spec, [*artifacts], (train, valid[0]), queries, keep)
+    ranks |= rank_by_baselines(store, [*artifacts], valid[0], keep, seed=spec.run.seed)
     patches = {}
     if store.contract["model"]["output"] in LOG_PROBABILITIES:
         patches = _patch(spec, engine, progress, ranks, valid[1][: spec.score.tail_patch.queries].tolist())
@@ -87,26 +87,6 @@ def _create(spec: RunSpec, store: FeatureStore, source: Source, method: Method) 
     if method.kernel is not None:
         settings |= source.settings(method)
     return ScoresArtifact.create(store.storage, method.artifact, settings=settings)
-
-
-def _rank_by_baselines(
-    spec: RunSpec, methods: Sequence[Method], train: tuple[FeatureSet, np.ndarray], queries: FeatureSet, keep: int
-) -> dict[Method, Ranks]:
-    """Rank the valid rows, the second of ``train``, as the scores do."""
-    found = {}
-    feature_set, valid = train
-    for method in methods:
-        if method == BM25:
-            texts = texts_of(feature_set)
-            places, scores = bm25(texts_of(queries), [texts[row] for row in valid], keep)
-        elif method == RANDOM:
-            places = random_rows(num_queries=queries.info.rows, num_rows=len(valid), k=keep, seed=spec.run.seed)
-            scores = np.zeros(places.shape)
-        else:
-            continue
-        parts = np.empty((*places.shape, 0), np.float32)
-        found[method] = Ranks(proponents=Ranked(rows=valid[places], scores=scores, parts=parts))
-    return found
 
 
 def _patch(

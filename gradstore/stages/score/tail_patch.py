@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+from gradstore.adapters.models.optimizer import read_adam
 from gradstore.cluster import Engine, Task
 from gradstore.spec import RunSpec
 from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.loading import load_for
 from gradstore.stages.progress import Progress
-from gradstore.store.examples import Example, from_table
-from gradstore.store.features import FeatureSet, FeatureStore
+from gradstore.stages.reading import examples_at
+from gradstore.store.examples import Example
+from gradstore.store.features import FeatureStore
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from gradstore.numerics.metrics import AdamState
 
 # Output functions f that are minus a log-probability, or tell one.
 LOG_PROBABILITIES: Final = ("token_cross_entropy", "cross_entropy", MARGIN)
@@ -31,11 +36,11 @@ def tail_patches(
 
     ``rankings`` holds, by name, the train rows of every query's proponents, best first.
     """
-    patch = spec.score.tail_patch
+    step = spec.score.tail_patch
     tasks = []
     for query in queries:
-        proponents = {name: [int(row) for row in rows[query][: patch.k]] for name, rows in rankings.items()}
-        arguments = (spec.run.store, spec.model_dump(), query, proponents)
+        proponents = {name: [int(row) for row in rows[query][: step.k]] for name, rows in rankings.items()}
+        arguments = (spec.run.store, spec.model_dump(), query, proponents, step.model_dump())
         name, resources = f"tail-patch-{query:04d}", spec.cluster.model_resources
         tasks.append(Task(name=name, function=patch_query, arguments=arguments, resources=resources))
     changes: dict[int, dict[str, float]] = {}
@@ -47,9 +52,13 @@ def tail_patches(
 
 
 def patch_query(
-    store_url: str, run: Mapping[str, Any], query: int, proponents: Mapping[str, Sequence[int]]
+    store_url: str,
+    run: Mapping[str, Any],
+    query: int,
+    proponents: Mapping[str, Sequence[int]],
+    step: Mapping[str, Any],
 ) -> dict[str, float]:
-    """Task: the tail-patch of one eval query under every ranking."""
+    """Task: the tail-patch of one eval query under every ranking; ``step`` holds the values of a `StepSection`."""
     import torch
 
     from gradstore.numerics.metrics import tail_patch
@@ -67,23 +76,27 @@ def patch_query(
         # Training raises a margin m = log(p / (1 - p)) and lowers its loss -log p = log(1 + e^-m).
         return torch.nn.functional.softplus(-found) if of_margin else found
 
-    patch = spec.score.tail_patch
+    kind = step["optimizer"]
+    file = spec.model.of_member([*spec.model.etas][-1]).optimizer
+    optimizer = _saved_state(loaded.model, str(file)) if kind == "saved" else kind
     return {
         name: tail_patch(
             loaded.model,
             outputs,
             example,
             examples_at(train, rows),
-            optimizer=patch.optimizer,
-            learning_rate=patch.learning_rate,
+            optimizer=optimizer,
+            learning_rate=step["learning_rate"],
         )
         for name, rows in proponents.items()
     }
 
 
-def examples_at(feature_set: FeatureSet, rows: Sequence[int]) -> list[Example]:
-    """The examples of some rows of a set, in that order."""
-    block_rows = feature_set.info.block_rows
-    blocks = {row // block_rows for row in rows}
-    tables = {block: from_table(feature_set.read_inputs(block)) for block in blocks}
-    return [tables[row // block_rows][row % block_rows] for row in rows]
+@lru_cache(maxsize=1)
+def _saved_state(model: nn.Module, file: str) -> dict[str, AdamState]:
+    """By parameter, the state of the optimizer that is in a file; read once for a model that a worker keeps."""
+    from gradstore.numerics.metrics import AdamState
+
+    return {
+        name: AdamState(settings=group, moments=moments) for name, (group, moments) in read_adam(file, model).items()
+    }

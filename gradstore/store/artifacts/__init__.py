@@ -13,7 +13,13 @@ from gradstore.store.artifacts.score_matrix import ScoreMatrixArtifact, ScoreSha
 from gradstore.store.artifacts.self_influence import SelfInfluenceArtifact, SelfInfluenceShape
 from gradstore.store.artifacts.sketch import SketchArtifact, SketchRows, SketchShape
 from gradstore.store.artifacts.staleness import stale_blocks
-from gradstore.store.artifacts.tables import EvaluationArtifact, RetrainedArtifact, ScoresArtifact, WeightsArtifact
+from gradstore.store.artifacts.tables import (
+    EvaluationArtifact,
+    PatchedArtifact,
+    RetrainedArtifact,
+    ScoresArtifact,
+    WeightsArtifact,
+)
 
 __all__ = [
     "ArtifactStatus",
@@ -29,6 +35,7 @@ __all__ = [
     "MomentsArtifact",
     "MomentsShape",
     "PartialsArtifact",
+    "PatchedArtifact",
     "QueryArtifact",
     "QueryRounding",
     "QueryShape",

@@ -47,6 +47,7 @@ FOLDERS: Final = {
     "weights": ("weights", 1),
     "scores": ("scores", 1),
     "retrained": ("retrained", 2),
+    "patched": ("patched", 1),
     "evaluation": ("evaluations", 2),
 }
 VERBS: Final = {
@@ -63,6 +64,7 @@ VERBS: Final = {
     "weights": "learn",
     "scores": "score",
     "retrained": "evaluate lds",
+    "patched": "evaluate tail-patch",
     "evaluation": "evaluate",
 }
 # How a run gets its settings where an artifact of other settings is in the way.
@@ -80,6 +82,7 @@ _WAYS_OUT: Final = {
     "weights": "choose another learn.name, ",
     "scores": "",
     "retrained": "choose another evaluate.lds.name, ",
+    "patched": "",
     "evaluation": "",
 }
 

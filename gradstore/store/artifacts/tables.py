@@ -21,6 +21,7 @@ _PROPONENTS = "proponents.parquet"
 _SUMMARY = "summary.json"
 _VALUES = "values.parquet"
 _OUTPUTS = "outputs.parquet"
+_CHANGES = "changes.parquet"
 
 
 class _TablesArtifact(Artifact):
@@ -191,3 +192,22 @@ class RetrainedArtifact(_TablesArtifact):
     def read(self) -> pa.Table:
         """Return the outputs; NotReadyError if they are not committed."""
         return decode_table(self._read_object(_OUTPUTS))
+
+
+class PatchedArtifact(_TablesArtifact):
+    """What a step on a query's proponents does to it, at ``patched/<query>.<hash>`` of its settings; one unit is the whole."""
+
+    kind: ClassVar[str] = "patched"
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The objects of the unit."""
+        return (_CHANGES,)
+
+    def write(self, changes: pa.Table, *, facts: Mapping[str, Any]) -> Record:
+        """Write and commit the changes: one row for each ranking, with its method and the percent."""
+        return self._committed(0) or self._write_unit(0, {_CHANGES: encode_table(changes)}, facts)
+
+    def read(self) -> pa.Table:
+        """Return the changes; NotReadyError if they are not committed."""
+        return decode_table(self._read_object(_CHANGES))

@@ -14,6 +14,7 @@ from gradstore.store.artifacts import (
     MatricesArtifact,
     MomentsArtifact,
     PartialsArtifact,
+    PatchedArtifact,
     QueryArtifact,
     RetrainedArtifact,
     ScoreMatrixArtifact,
@@ -44,6 +45,7 @@ ARTIFACTS: Final[Mapping[str, type[Artifact]]] = {
         WeightsArtifact,
         ScoresArtifact,
         RetrainedArtifact,
+        PatchedArtifact,
         EvaluationArtifact,
     )
 }

@@ -1,0 +1,68 @@
+"""The highest scores that train examples have as queries: of themselves and of others, by a reading of all features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+from uuid import uuid4
+
+import numpy as np
+
+from gradstore.cluster import Engine
+from gradstore.spec import RunSpec
+from gradstore.stages.contribute.queries import Slab, Target
+from gradstore.stages.contribute.rows import prepare_rows, score_transform
+from gradstore.stages.progress import Progress
+from gradstore.stages.query.asked import copy_rows, precondition
+from gradstore.stages.ranking import QUERY_BYTES, Ranker, query_bytes, rank
+from gradstore.stages.score.sources import Method
+from gradstore.stages.spectra import KeptSpectra
+from gradstore.stages.weights import read_weights
+from gradstore.store.backend.overlay import OverlayStorage, overlay_url
+from gradstore.store.features import BlockReader, FeatureStore, Room
+
+
+def top_means(
+    spec: RunSpec, methods: Sequence[Method], rows: np.ndarray, top: int, progress: Progress
+) -> dict[Method, np.ndarray]:
+    """Mean of the ``top`` highest scores [n] that some train rows have as queries, by methods of the run's kernel.
+
+    The rows are queries over the store, in memory, as many in a reading of the features as memory takes.
+    """
+    base = FeatureStore.open(spec.run.store)
+    url = overlay_url(uuid4().hex, spec.run.store)
+    over, store = spec.model_copy(update={"run": spec.run.model_copy(update={"store": url})}), FeatureStore.open(url)
+    assert isinstance(store.storage, OverlayStorage), "queries are written over the store"
+    prepare_rows(over, cast(Engine, _Nobody()), progress)
+    train = base.open_set("train").info
+    ranker = Ranker(
+        store=store,
+        spec=over,
+        weightings={method.name: read_weights(base, method.weights) for method in methods},
+        transform=score_transform(str(base.contract["model"].get("output"))),
+        make_reader=BlockReader,
+        progress=progress,
+        stage="top scores",
+    )
+    at_once = max(1, QUERY_BYTES // query_bytes(train))
+    found: dict[Method, list[np.ndarray]] = {method: [] for method in methods}
+    for first in range(0, len(rows), at_once):
+        some = rows[first : first + at_once].tolist()
+        try:
+            name = copy_rows(store, "train", some)
+            precondition(store, over, name, KeptSpectra(Room(0)))
+            slab = Slab(target=Target(kernel=spec.kernel.name, set_name=name), first=0, last=len(some))
+            winners = rank(ranker, slab, min(top, train.num_examples))
+        finally:
+            store.storage.drop("")
+        for method in methods:
+            found[method].append(winners[method.name].proponents.scores.mean(1))
+    return {method: np.concatenate(parts) for method, parts in found.items()}
+
+
+class _Nobody:
+    """Stands for an engine where everything is there already: self-influence is made before."""
+
+    def run(self, tasks: Sequence[object]) -> list[object]:
+        assert not tasks, "self-influence is there"
+        return []

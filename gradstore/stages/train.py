@@ -1,0 +1,134 @@
+"""train: the model that a run attributes, made of its train examples by the trainer of [training]."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+from gradstore.adapters import Adapter
+from gradstore.adapters.training import Saved, Trainer, resolve_trainer, trainer_settings
+from gradstore.errors import SpecError, StorageError
+from gradstore.numerics.generator import derive_key
+from gradstore.plan.resolve import make_adapter, resolve_device
+from gradstore.spec import RunSpec
+from gradstore.stages.progress import Progress
+from gradstore.store.codecs import plain
+from gradstore.store.contract import require_equal
+from gradstore.store.examples import Example, data_hash
+
+_RECORD: Final = ".training.json"
+_BATCH: Final = 64
+
+
+def train_model(spec: RunSpec, progress: Progress, *, force: bool = False) -> list[dict[str, Any]]:
+    """Train the model of every member that is not there, and write it where [model] looks for it; return what was done.
+
+    Beside it a file ``.training.json`` says what it was made from, by which the same command knows it again.
+
+    Raises
+    ------
+    SpecError
+        If there is no such trainer, or [model] names no place for the model.
+    ContractError
+        If there is a model that was made otherwise, and ``force`` does not say that it may go.
+    StorageError
+        If it cannot be written.
+    """
+    trainer = resolve_trainer(spec.training.trainer, spec.training.options)
+    places = {member: _place(make_adapter(spec, member), force=force) for member in spec.model.etas}
+    told = []
+    with progress.stage("train", len(places), "models") as advance:
+        for member, place in places.items():
+            told.append({"member": member, "model": str(place), **_train(spec, member, trainer, place, force=force)})
+            advance(1)
+    return told
+
+
+def _place(adapter: Adapter, *, force: bool) -> Path:
+    if not isinstance(adapter, Saved):
+        raise SpecError(f"model.adapter: {type(adapter).__name__} does not say how a model that was trained is kept.")
+    place = adapter.saved_place()
+    if place.exists() and not _record(place).exists() and not force:
+        raise SpecError(
+            f"{place}: is there, and `gradstore train` did not make it. Name another place in [model], or give --force."
+        )
+    return place
+
+
+def _train(spec: RunSpec, member: str, trainer: Trainer, place: Path, *, force: bool) -> dict[str, Any]:
+    """Train the model of one member, unless it is there."""
+    adapter = make_adapter(_anew(spec), member)
+    examples = adapter.examples().splits
+    made_from = plain(
+        {
+            **trainer_settings(spec.training.trainer, spec.training.options),
+            "base": spec.training.base,
+            "seed": spec.run.seed,
+            "member": member,
+            "model": adapter.identity(),
+            "train": data_hash(examples["train"]),
+        }
+    )
+    if place.exists() and _record(place).exists() and not force:
+        remedy = "Restore these settings, name another place in [model], or give --force, which trains anew."
+        stored = json.loads(_record(place).read_text(encoding="utf-8"))
+        require_equal(f"The model {place}", stored["made_from"], made_from, remedy=remedy)
+        return {**stored["facts"], "kept": True}
+    began = time.monotonic()
+    seed, device = derive_key(spec.run.seed, "train", member) % 2**63, resolve_device(spec)
+    model = trainer(adapter, examples["train"], seed=seed, device=device)
+    facts = {
+        "examples": len(examples["train"]),
+        "seconds": round(time.monotonic() - began, 3),
+        "output": {name: _mean_output(adapter, model, rows) for name, rows in examples.items()},
+    }
+    _write(adapter, model, place, {"made_from": made_from, "facts": facts})
+    return {**facts, "kept": False}
+
+
+def _anew(spec: RunSpec) -> RunSpec:
+    """The run as it is before there is a model."""
+    section = spec.model.model_copy(update={"weights": None, "source": spec.training.base or spec.model.source})
+    gone = {"weights": None} | ({} if spec.training.base is None else {"source": None})
+    members = [member.model_copy(update=gone) for member in section.members]
+    return spec.model_copy(update={"model": section.model_copy(update={"members": members})})
+
+
+def _mean_output(adapter: Adapter, model: Any, examples: Sequence[Example]) -> float:
+    """Mean of f over the examples of a split."""
+    import torch
+
+    total = 0.0
+    with torch.no_grad():
+        for first in range(0, len(examples), _BATCH):
+            total += float(adapter.outputs(model, examples[first : first + _BATCH]).double().sum())
+    return total / len(examples)
+
+
+def _write(adapter: Adapter, model: Any, place: Path, record: Mapping[str, Any]) -> None:
+    """Write a model under another name and give it its own once it is whole; the record comes last."""
+    assert isinstance(adapter, Saved), "others were refused"
+    temporary = place.parent / f".gradstore-{uuid4().hex}{place.suffix}"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _record(place).unlink(missing_ok=True)
+        adapter.save(model, temporary)
+        if place.is_dir():
+            shutil.rmtree(place)
+        temporary.replace(place)
+        _record(place).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{place}: cannot be written: {error.strerror or error}.") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def _record(place: Path) -> Path:
+    return place.with_name(place.name + _RECORD)
