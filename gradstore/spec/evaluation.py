@@ -61,13 +61,25 @@ class DatamodelingSection(Section):
     """[evaluate.lds]: how models are retrained on subsets of the train examples, by the trainer of [training].
 
     Of every one of the ``subsets``, which hold a ``share`` of the examples each, ``seeds`` models are trained and their outputs
-    averaged. ``name`` tells apart retrainings by several trainers.
+    averaged. ``name`` tells apart retrainings by several trainers. ``groups`` asks for the LDS of every parameter group alone.
+    ``choose`` names the queries by which one of the run's kernels and weights is chosen.
     """
 
     name: str = Field(default="half", pattern=NAME)
     subsets: int = Field(default=32, ge=2)
     share: float = Field(default=0.5, gt=0, lt=1)
     seeds: int = Field(default=1, ge=1)
+    groups: bool = True
+    choose: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> DatamodelingSection:
+        if self.choose not in (None, "learn"):
+            found = f"evaluate.lds.choose: found {self.choose!r}"
+            if self.choose == "eval":
+                found += ", the queries that are reported: what is chosen by them is no longer measured by them"
+            raise SpecError(f'{found}; accepted: "learn".')
+        return self
 
 
 class MislabelSection(Section):

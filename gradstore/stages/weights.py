@@ -19,9 +19,15 @@ def ranking_name(kernel: str, weights: str | None) -> str:
     return f"{kernel}.{weights or UNWEIGHTED}"
 
 
+def candidate_names(store: FeatureStore, name: str) -> list[str]:
+    """Names of the candidates of which weights were chosen, in the order of their table; they are weights like others."""
+    table = open_weights(store, name).read_candidates()
+    return [] if table is None else [f"{name}.{place}" for place in range(len(table))]
+
+
 def open_weights(store: FeatureStore, name: str) -> WeightsArtifact:
-    """Open weights; NotReadyError if they have not been learned to the end."""
-    artifact = WeightsArtifact.open(store.storage, name)
+    """Open weights, or those that candidates belong to; NotReadyError if they have not been learned to the end."""
+    artifact = WeightsArtifact.open(store.storage, name.partition(".")[0])
     if not artifact.is_complete():
         raise NotReadyError(f"{artifact.folder}: not learned to the end. Run `gradstore learn` again.")
     return artifact
@@ -51,6 +57,10 @@ def read_weights(store: FeatureStore, name: str | None) -> np.ndarray:
         return np.full(len(groups), 1 / len(groups))
     artifact = open_weights(store, name)
     found = weight_by_group(artifact)
+    if place := name.partition(".")[2]:
+        candidates = artifact.read_candidates()
+        assert candidates is not None, "candidates are named where there are some"
+        found = dict(zip(found, candidates["weights"][int(place)].as_py(), strict=True))
     refuse_strange_groups(f"{store.storage.url}/{artifact.folder}", found, groups)
     return np.array([found[group] for group in groups])
 

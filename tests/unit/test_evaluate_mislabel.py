@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import rankdata
-from sklearn.datasets import load_digits
 
 from gradstore.cli import main
 from gradstore.errors import DataError, SpecError
@@ -26,65 +24,40 @@ from gradstore.stages.progress import Progress
 from gradstore.stages.train import train_model
 from gradstore.store.artifacts import EvaluationArtifact, WeightsArtifact
 from gradstore.store.features import FeatureStore
-from tests.runs import InThisProcess, write_run
+from tests.digits import DAMPING, write_digits
+from tests.runs import InThisProcess
 
 QUIET = Progress(quiet=True)
 ENGINE: Any = InThisProcess()
 TRAIN, SHARE, TOP, ROWS = 150, 0.2, 3, 120
-DAMPING = 0.1
-NETWORK = """
-from torch import nn
-
-def perceptron():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10))
-"""
 
 
-def write(folder: Path, *, mislabelled: float = SHARE, output: str = "cross_entropy", **mislabel: Any) -> Path:
-    (folder / "mislabel_networks.py").write_text(NETWORK)
-    found = load_digits()
-    np.savez(folder / "digits.npz", image=(15 * found.images).astype(np.uint8), label=found.target)
-    return write_run(
-        folder / "run.toml",
-        {
-            "run": {"name": "digits", "store": str(folder / "store"), "seed": 4},
-            "model": {
-                "adapter": "image_classifier",
-                "source": "mislabel_networks:perceptron",
-                "weights": "trained.safetensors",
-                "precision": "float32",
-                "output": output,
-            },
-            "model.options": {"mislabelled": mislabelled},
-            "data": {"source": "digits.npz"},
-            "data.train": {"rows": TRAIN},
-            "data.learn": {"rows": 10},
-            "data.eval": {"rows": 10},
-            "features": {"dtype": "float32", "projection": {"kind": "identity"}},
-            "kernel": {"kind": "block", "damping": DAMPING},
-            "learn": {"k": 2, "epochs": 2},
-            "training": {"options": {"epochs": 60, "learning_rate": 0.02, "batch": 30}},
-            "evaluate.mislabel": {"rows": ROWS, "top": TOP, **mislabel},
-            "cluster": {"workers": 1, "memory_per_worker": "4GiB", "device": "cpu"},
-        },
-    )
+def spec_of(folder: Path, **changes: Any) -> RunSpec:
+    """A run of the digits in which some labels are wrong."""
+    tables = {
+        "model": {"output": changes.pop("output", "cross_entropy")},
+        "model.options": {"mislabelled": changes.pop("mislabelled", SHARE)},
+        "data.train": {"rows": TRAIN},
+        "training": {"options": {"epochs": 60, "learning_rate": 0.02, "batch": 30}},
+        "evaluate.mislabel": {"rows": ROWS, "top": TOP, **changes},
+    }
+    return read_spec(write_digits(folder, tables))
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Write, train and attribute a run."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    return partial(attribute, tmp_path, monkeypatch)
 
-    def made(**changes: Any) -> RunSpec:
-        train_model(read_spec(write(tmp_path, **changes)), QUIET)
-        spec = read_spec(tmp_path / "run.toml")
-        for stage in (featurize, build_kernel, contribute, learn):
-            stage(spec, ENGINE, QUIET)
-        return spec
 
-    yield partial(made)
-    sys.modules.pop("mislabel_networks", None)
+def attribute(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> RunSpec:
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.chdir(folder)
+    train_model(spec_of(folder, **changes), QUIET)
+    spec = read_spec(folder / "run.toml")
+    for stage in (featurize, build_kernel, contribute, learn):
+        stage(spec, ENGINE, QUIET)
+    return spec
 
 
 def features(store: FeatureStore) -> dict[str, np.ndarray]:
@@ -108,21 +81,23 @@ def auc(scores: np.ndarray, wrong: np.ndarray) -> float:
     return float((rankdata(scores)[wrong].sum() - wrong.sum() * (wrong.sum() + 1) / 2) / (wrong.sum() * (~wrong).sum()))
 
 
-def test_wrong_labels_are_drawn_by_seed_and_id_and_the_true_ones_are_kept(tmp_path: Path, make: Any) -> None:
-    del make
-    spec = read_spec(write(tmp_path))
+def test_wrong_labels_are_drawn_by_seed_and_id_and_the_true_ones_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = spec_of(tmp_path)
     given, true = (
         np.array([int(example.inputs[name]) for example in make_adapter(spec).examples().splits["train"]])
         for name in ("class", "true_class")
     )
-    plain = make_adapter(read_spec(write(tmp_path, mislabelled=0.0))).examples().splits
+    plain = make_adapter(spec_of(tmp_path, mislabelled=0.0)).examples().splits
     assert [int(example.inputs["class"]) for example in plain["train"]] == true.tolist()
     assert "true_class" not in plain["train"][0].inputs
     wrong = given != true
     # Of 150 draws of probability 0.2 the deviation is 4.9.
     assert 15 < wrong.sum() < 45
     assert len({*given[wrong]}) > 5
-    fewer = read_spec(write(tmp_path))
+    fewer = spec_of(tmp_path)
     data = fewer.data.model_copy(update={"train": fewer.data.train.model_copy(update={"rows": 100})})
     some = make_adapter(fewer.model_copy(update={"data": data})).examples().splits["train"]
     assert [int(example.inputs["class"]) for example in some] == given[:100].tolist()
@@ -175,7 +150,7 @@ def test_a_file_may_name_them_and_wrong_files_and_settings_are_refused(
         evaluate_mislabel(spec, ENGINE, QUIET)
     ids = FeatureStore.open(spec.run.store).open_set("train").read_column("example_id")
     (tmp_path / "wrong.txt").write_text("\n".join(ids[:30]))
-    told = evaluate_mislabel(read_spec(write(tmp_path, mislabelled=0.0, examples="wrong.txt")), ENGINE, QUIET)
+    told = evaluate_mislabel(spec_of(tmp_path, mislabelled=0.0, examples="wrong.txt"), ENGINE, QUIET)
     assert 10 < told["wrong"] < 31
 
     (tmp_path / "wrong.txt").write_text("nobody\n")
@@ -186,7 +161,7 @@ def test_a_file_may_name_them_and_wrong_files_and_settings_are_refused(
         evaluate_mislabel(read_spec(tmp_path / "run.toml"), ENGINE, QUIET)
     monkeypatch.setattr(sys, "argv", ["gradstore", "train", str(tmp_path / "run.toml")])
     # With labels that are right it is another model.
-    write(tmp_path)
+    spec_of(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code

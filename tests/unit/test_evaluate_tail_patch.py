@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec_of(folder: Path, **step: Any) -> RunSpec:
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "model": {"optimizer": str(folder / "optimizer.pt"), "precision": "float32"},
         "score.tail_patch": {"queries": 0},
         "evaluate.tail_patch": {"k": K, "optimizer": "saved", "learning_rate": RATE, "queries": 4, **step},

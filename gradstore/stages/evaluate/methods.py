@@ -13,6 +13,7 @@ from gradstore.spec import RunSpec
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import baselines_of, bm25_scores, texts_of
 from gradstore.stages.score.sources import BM25, RANDOM, Method, Scored, Source, open_source, weighted_methods
+from gradstore.stages.weights import candidate_names
 from gradstore.store.features import FeatureStore
 
 _WORDS: Final = 4
@@ -30,16 +31,19 @@ class Compared:
         Scores by the kernel.
     methods
         Those that have a kernel, then the baselines.
+    set_name
+        The queries: those of eval, which are reported, or of another set, by which something is chosen.
     """
 
     spec: RunSpec
     store: FeatureStore
     source: Source
     methods: tuple[Method, ...]
+    set_name: str = "eval"
 
     def settings(self, method: Method) -> dict[str, Any]:
         """What the scores of a method are made from."""
-        found = {"train": self.store.describe("train"), "eval": self.store.describe("eval")}
+        found = {"train": self.store.describe("train"), self.set_name: self.store.describe(self.set_name)}
         if method.kernel is not None:
             return found | self.source.settings(method)
         return found | ({"seed": self.spec.run.seed} if method == RANDOM else {})
@@ -75,7 +79,7 @@ class Compared:
 
 
 def contenders(spec: RunSpec, store: FeatureStore) -> Iterator[Compared]:
-    """Yield the methods of every kernel of a run; the baselines belong to the first.
+    """Yield the methods of every kernel of a run, of the eval queries; the baselines belong to the first.
 
     Raises
     ------
@@ -86,6 +90,26 @@ def contenders(spec: RunSpec, store: FeatureStore) -> Iterator[Compared]:
     for place, swept in enumerate(spec.sweep()):
         methods = (*weighted_methods(swept), *(baselines if place == 0 else ()))
         yield Compared(spec=swept, store=store, source=open_source(swept, store), methods=methods)
+
+
+def candidates(spec: RunSpec, store: FeatureStore, set_name: str) -> Iterator[Compared]:
+    """Yield what may be chosen by the queries of a set: every kernel, without weights, with its own, and with their candidates.
+
+    Raises
+    ------
+    NotReadyError
+        If contributions or weights are missing.
+    """
+    for swept in spec.sweep():
+        methods = weighted_methods(swept)
+        others = [
+            Method(name=name, kernel=swept.kernel.name, weights=name)
+            for method in methods
+            if method.weights is not None
+            for name in candidate_names(store, method.weights)
+        ]
+        source = open_source(swept, store, set_name)
+        yield Compared(spec=swept, store=store, source=source, methods=(*methods, *others), set_name=set_name)
 
 
 def described(method: Method) -> Mapping[str, str | None]:

@@ -44,11 +44,15 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """Scores [q, n] of some queries, from the ``first`` on, and some valid rows of ascending numbers, by several methods."""
+    """Scores [q, n] of some queries, from the ``first`` on, and some valid rows of ascending numbers, by several methods.
+
+    ``parts`` are the scores of every group alone, [q, n, M]; None where there are no parts.
+    """
 
     first: int
     rows: np.ndarray
     scores: Mapping[Method, np.ndarray]
+    parts: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -81,8 +85,8 @@ def weighted_methods(spec: RunSpec) -> list[Method]:
     return [Method(name=UNWEIGHTED, kernel=kernel), *weighted]
 
 
-def open_source(spec: RunSpec, store: FeatureStore) -> Source:
-    """Open what a run's rankings come from.
+def open_source(spec: RunSpec, store: FeatureStore, set_name: str = "eval") -> Source:
+    """Open what a run's rankings of a set of queries come from.
 
     Raises
     ------
@@ -92,10 +96,10 @@ def open_source(spec: RunSpec, store: FeatureStore) -> Source:
         If weights are of other groups.
     """
     if spec.contribute.mode == "scores":
-        return FromScores(store, weighted_methods(spec))
+        return FromScores(store, weighted_methods(spec), set_name)
     for method in weighted_methods(spec):
         read_weights(store, method.weights)
-    return FromContributions(store, open_contributions(spec, store, "eval"))
+    return FromContributions(store, open_contributions(spec, store, set_name))
 
 
 class FromContributions:
@@ -149,6 +153,7 @@ class FromContributions:
                 first=first,
                 rows=rows_N,
                 scores={method: scores_of(c_QNM, weights_M, transform) for method, weights_M in vectors.items()},
+                parts=transformed(c_QNM, transform),
             )
 
     def _ranking(self, queries: int, keep: int) -> Ranking:
@@ -161,12 +166,12 @@ class FromScores:
 
     Parameters
     ----------
-    store, methods
-        The store, and the methods of which scores were made.
+    store, methods, set_name
+        The store, the methods of which scores were made, and of which queries.
     """
 
-    def __init__(self, store: FeatureStore, methods: Sequence[Method]) -> None:
-        self._matrices = {method: ScoreMatrix.open(store, method.artifact, "eval") for method in methods}
+    def __init__(self, store: FeatureStore, methods: Sequence[Method], set_name: str) -> None:
+        self._matrices = {method: ScoreMatrix.open(store, method.artifact, set_name) for method in methods}
 
     def settings(self, method: Method) -> dict[str, Any]:
         """See `Source`."""

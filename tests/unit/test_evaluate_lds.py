@@ -1,0 +1,148 @@
+"""evaluate lds with the shipped trainer: LDS of methods and groups against scipy, the choice by learn queries, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from gradstore.errors import ContractError, SpecError
+from gradstore.numerics.metrics import subset_mask
+from gradstore.spec import RunSpec, read_spec
+from gradstore.stages.contribute import contribute
+from gradstore.stages.evaluate import evaluate_lds
+from gradstore.stages.featurize import featurize
+from gradstore.stages.kernel import build_kernel
+from gradstore.stages.learn import learn
+from gradstore.stages.progress import Progress
+from gradstore.stages.train import train_model
+from gradstore.store.artifacts import (
+    ContributionArtifact,
+    EvaluationArtifact,
+    RetrainedArtifact,
+    WeightsArtifact,
+)
+from gradstore.store.features import FeatureStore
+from tests.digits import write_digits
+from tests.runs import InThisProcess
+
+QUIET = Progress(quiet=True)
+ENGINE: Any = InThisProcess()
+TRAIN, QUERIES, SUBSETS, SEED = 60, 8, 6, 4
+DAMPINGS = {"block_0p1": 0.1, "block_10": 10.0}
+
+
+def spec_of(folder: Path, **lds: Any) -> RunSpec:
+    tables: dict[str, dict[str, Any]] = {
+        "data.train": {"rows": TRAIN},
+        "data.learn": {"rows": QUERIES},
+        "data.eval": {"rows": QUERIES},
+        "kernel": {"damping": [*DAMPINGS.values()]},
+        "learn": {"k": [1, 5], "epochs": 2, "learning_rate": 0.3},
+        "training": {"options": {"epochs": 20, "learning_rate": 0.02, "batch": 20}},
+        "evaluate.lds": {"subsets": SUBSETS, "seeds": 2, "choose": "learn", **lds},
+    }
+    return read_spec(write_digits(folder, tables))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made = tmp_path_factory.mktemp("lds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(made))
+        train_model(spec_of(made), QUIET)
+        spec = spec_of(made)
+        for stage in (featurize, build_kernel, contribute, learn):
+            stage(spec, ENGINE, QUIET)
+        yield made
+
+
+def outputs(store: FeatureStore, name: str) -> np.ndarray:
+    """[S, Q]: minus the loss, the mean of two models of each subset."""
+    found = np.zeros((SUBSETS, QUERIES))
+    for subset in range(SUBSETS):
+        for seed in range(2):
+            table = RetrainedArtifact.open(store.storage, "half", f"{subset:06d}.{seed}").read().to_pylist()
+            found[subset] -= [row["output"] / 2 for row in table if row["set"] == name]
+    return found
+
+
+def c_of(store: FeatureStore, kernel: str, name: str) -> np.ndarray:
+    artifact = ContributionArtifact.open(store.storage, kernel, name)
+    return np.concatenate([*artifact.read_blocks(0, QUERIES)], 1).astype(np.float64)
+
+
+def correlations(scores: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    masks = np.stack([subset_mask(subset, TRAIN, share=0.5, seed=SEED) for subset in range(SUBSETS)])
+    predicted = scores @ masks.T
+    return np.array([spearmanr(predicted[query], actual[:, query]).statistic for query in range(QUERIES)])
+
+
+def test_methods_and_groups_are_measured_and_what_is_chosen_is_chosen_by_other_queries(folder: Path) -> None:
+    told = evaluate_lds(spec_of(folder), ENGINE, QUIET)
+
+    store = FeatureStore.open(str(folder / "store"))
+    groups = [array.name for array in store.open_set("train").info.arrays]
+    weights: dict[tuple[str, str], Any] = {}
+    for kernel in DAMPINGS:
+        name = kernel.replace("block", "learned")
+        artifact = WeightsArtifact.open(store.storage, name)
+        weights[kernel, "unweighted"] = np.full(len(groups), 1 / len(groups))
+        weights[kernel, name] = np.array(artifact.read()["weight"])
+        candidates = artifact.read_candidates()
+        assert candidates is not None
+        for place, values in enumerate(candidates["weights"].to_pylist()):
+            weights[kernel, f"{name}.{place}"] = np.array(values)
+    lds = {
+        (name, *key): correlations(c_of(store, key[0], name) @ of, outputs(store, name))
+        for key, of in weights.items()
+        for name in ("learn", "eval")
+    }
+
+    measured = {(row["kernel"], row["method"]): row["measures"]["lds"] for row in told["methods"]}
+    for key in [key for key in measured if key[0] is not None]:
+        assert measured[key]["mean"] == pytest.approx(lds["eval", *key].mean())
+    for kernel in DAMPINGS:
+        c = c_of(store, kernel, "eval")
+        values = EvaluationArtifact.open(store.storage, f"lds.half.{SUBSETS}x2", f"{kernel}.groups").read()
+        for place, group in enumerate(groups):
+            alone = correlations(c[:, :, place], outputs(store, "eval"))
+            (mean,) = (row["mean"] for row in told["groups"] if (row["kernel"], row["group"]) == (kernel, group))
+            assert mean == pytest.approx(alone.mean())
+            rows = [row["correlation"] for row in values.to_pylist() if row["group"] == group]
+            assert rows == pytest.approx(alone)
+
+    on_learn = {(row["kernel"], row["method"]): row["lds"] for row in told["chosen"]["candidates"]}
+    assert on_learn == {key: pytest.approx(lds["learn", *key].mean()) for key in weights}
+    without, with_weights = told["chosen"]["methods"]
+    assert without["lds of learn"] == max(value for key, value in on_learn.items() if key[1] == "unweighted")
+    assert with_weights["lds of learn"] == max(value for key, value in on_learn.items() if key[1] != "unweighted")
+    keys = [(row["kernel"], row["method"]) for row in (without, with_weights)]
+    assert with_weights["mean"] == pytest.approx(lds["eval", *keys[1]].mean())
+    assert with_weights["difference"]["mean"] == pytest.approx(
+        lds["eval", *keys[1]].mean() - lds["eval", *keys[0]].mean()
+    )
+    assert evaluate_lds(spec_of(folder), ENGINE, QUIET) == told
+
+
+def test_nothing_is_chosen_by_the_queries_that_are_reported(folder: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"evaluate\.lds\.choose: found 'eval', the queries that are reported: .*accepted"
+    ):
+        spec_of(folder, choose="eval")
+    spec_of(folder)
+
+
+def test_groups_are_refused_where_there_are_scores_alone_and_another_share_needs_another_name(folder: Path) -> None:
+    spec = spec_of(folder)
+    alone = spec.model_copy(update={"contribute": spec.contribute.model_copy(update={"mode": "scores"})})
+    with pytest.raises(SpecError, match=r'evaluate\.lds\.groups: found True with contribute\.mode = "scores"'):
+        evaluate_lds(alone, ENGINE, QUIET)
+    evaluate_lds(spec, ENGINE, QUIET)
+    with pytest.raises(
+        ContractError, match=r"share: store has 0\.5, the run asks for 0\.25\n(.*\n)*.*evaluate\.lds\.name"
+    ):
+        evaluate_lds(spec_of(folder, share=0.25), ENGINE, QUIET)
