@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gradstore.adapters.embedding import masked_mean
 from gradstore.adapters.locations import PACKAGE
 from gradstore.adapters.models.gguf import dequantise, dequantised_folder, read_config
 from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
@@ -25,6 +26,7 @@ from gradstore.spec import SPLITS, DataSection, ModelSection, content_hash, key_
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PretrainedConfig
 
@@ -183,21 +185,25 @@ class CausalLM:
 
         from gradstore.numerics.outputs import token_cross_entropy
 
-        device = next(model.parameters()).device
-        sizes = torch.tensor([example.size for example in examples])
-        tokens = torch.zeros(len(examples), int(sizes.max()), dtype=torch.long)
-        counted = torch.ones_like(tokens, dtype=torch.bool)
+        tokens, mask = _padded(examples, next(model.parameters()).device)
+        counted = mask.clone()
         for row, example in enumerate(examples):
-            tokens[row, : example.size] = torch.from_numpy(example.inputs[TOKENS].copy())
             if PREDICTED in example.inputs:
                 counted[row, : example.size] = torch.from_numpy(example.inputs[PREDICTED].copy())
-        mask = torch.arange(tokens.shape[1]) < sizes[:, None]
-        padded = not bool(mask.all())
         # A prompt is read as any token is, so that its positions carry gradient; it only is not predicted.
-        tokens, mask, counted = tokens.to(device), mask.to(device), (mask & counted).to(device)
-        # Without a mask attention takes its fastest kernel, and a batch of equal lengths needs none.
-        logits = model(input_ids=tokens, attention_mask=mask if padded else None, use_cache=False).logits
+        logits = model(input_ids=tokens, attention_mask=_needed(mask), use_cache=False).logits
         return token_cross_entropy(logits, tokens, counted)
+
+    def embeddings(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Return the mean over an example's tokens of the last hidden states [B, width]."""
+        import torch
+
+        tokens, mask = _padded(examples, next(model.parameters()).device)
+        with torch.no_grad():
+            found = model(
+                input_ids=tokens, attention_mask=_needed(mask), use_cache=False, output_hidden_states=True
+            ).hidden_states[-1]
+        return masked_mean(found, mask)
 
     def identity(self) -> dict[str, Any]:
         """Return adapter, architecture, tokenizer, output function and how texts are cut.
@@ -273,3 +279,20 @@ class CausalLM:
         with self._explained("a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self._folder(), **self._revision())
         return TextTokenizer(tokenizer=tokenizer, source=self.model.source)
+
+
+def _padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] of examples of any lengths, and which of them are no padding."""
+    import torch
+
+    sizes = torch.tensor([example.size for example in examples])
+    tokens = torch.zeros(len(examples), int(sizes.max()), dtype=torch.long)
+    for row, example in enumerate(examples):
+        tokens[row, : example.size] = torch.from_numpy(example.inputs[TOKENS].copy())
+    mask = torch.arange(tokens.shape[1]) < sizes[:, None]
+    return tokens.to(device), mask.to(device)
+
+
+def _needed(mask: Tensor) -> Tensor | None:
+    """The mask that attention is given: without one it takes its fastest kernel, and a batch of equal lengths needs none."""
+    return None if bool(mask.all()) else mask

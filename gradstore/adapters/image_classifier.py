@@ -156,6 +156,22 @@ class ImageClassifier:
         """Return the cross-entropy or the margin [B] of images of one shape."""
         return self._outputs(model, examples, self._output)
 
+    def embeddings(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Return what enters the model's last linear layer [B, width], averaged over positions where it has some."""
+        import torch
+        from torch import nn
+
+        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if not heads:
+            raise SpecError(
+                f"model.source: {self.model.source} has no linear layer, before which an image would have an embedding. Leave "
+                '"embedding" out of evaluate.baselines.'
+            )
+        entered: list[Tensor] = []
+        with torch.no_grad(), heads[-1].register_forward_pre_hook(lambda _, given: entered.append(given[0])):
+            self._logits(model, examples)
+        return entered[-1].reshape(len(examples), -1, heads[-1].in_features).mean(1)
+
     def _outputs(self, model: nn.Module, examples: Sequence[Example], function: str) -> Tensor:
         import numpy as np
         import torch

@@ -11,8 +11,6 @@ import typer
 
 from gradstore.cli.application import Json, Quiet, Run, app, draw
 from gradstore.cli.runs import Scheduler, run_stages
-from gradstore.cli.telling import telling
-from gradstore.errors import StoppedError
 
 if TYPE_CHECKING:
     from gradstore.cluster import Engine
@@ -56,18 +54,13 @@ def tail_patch(
 
 
 @evaluate.command()
-def recall(context: typer.Context, run: Run, quiet: Quiet = False, as_json: Json = False) -> None:
+def recall(
+    context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False, as_json: Json = False
+) -> None:
     """Recall@k and the reciprocal rank of train examples that are known to have contributed; see [evaluate.recall]."""
-    from gradstore.spec import read_spec
     from gradstore.stages.evaluate import evaluate_recall
 
-    spec = read_spec(run)
-    try:
-        with telling(context, spec.run.name, quiet=quiet) as progress:
-            found = evaluate_recall(spec, progress)
-    except KeyboardInterrupt:
-        raise StoppedError("stopped. What was committed stays; the same command goes on from there.") from None
-    _tell(found, as_json=as_json)
+    _evaluate(context, run, scheduler, evaluate_recall, quiet=quiet, as_json=as_json)
 
 
 def _evaluate(

@@ -96,7 +96,18 @@ class MislabelSection(Section):
 
 
 class EvaluateSection(Section):
-    """[evaluate]: a table for each measure."""
+    """[evaluate]: a table for each measure, and the baselines that stand beside.
+
+    Embeddings are hidden states of the run's model, or those of the sentence encoder that ``encoder`` names, a folder or hub id.
+    """
+
+    baselines: tuple[Literal["bm25", "embedding", "cosine", "random"], ...] = (
+        "bm25",
+        "embedding",
+        "cosine",
+        "random",
+    )
+    encoder: str | None = Field(default=None, min_length=1)
 
     recall: RecallSection | None = None
     lds: DatamodelingSection | None = None

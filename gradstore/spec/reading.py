@@ -112,7 +112,7 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
             return section
         return section.model_copy(update={key: str(folder / value)})
 
-    evaluate = spec.evaluate
+    evaluate = resolved(spec.evaluate, "encoder")
     if evaluate.recall is not None:
         evaluate = evaluate.model_copy(update={"recall": with_file(evaluate.recall, "pairs")})
     if evaluate.mislabel is not None:

@@ -20,14 +20,17 @@ from gradstore.store.features import FeatureStore
 from tests import contributing
 from tests.contributing import GROUPS, ROWS, give_weights, make_spec, make_store, stored_c
 from tests.health import check
-from tests.runs import write_run
+from tests.runs import InThisProcess, write_run
 
 QUIET = Progress(quiet=True)
+ENGINE: Any = InThisProcess()
 INVALID = (2, 9)
 # Of the queries of eval the third has none.
 CONTRIBUTORS = {0: [3, 17], 1: [22], 3: [0, 1, 5]}
 WEIGHTS = dict(zip(GROUPS, (0.7, 0.1, 0.0, 0.2), strict=True))
 KS = [1, 3, 10]
+# The store has no model that would give embeddings.
+BASELINES = ("bm25", "cosine", "random")
 
 
 def pairs(folder: Path, of: dict[int, list[int]] | None = None) -> str:
@@ -47,12 +50,21 @@ def store() -> FeatureStore:
 
 def spec_of(store: FeatureStore, *, weights: bool = True, **recall: Any) -> RunSpec:
     learn = {"name": "given"} if weights else {"name": "missing"}
-    return make_spec(store, learn={**learn, "k": 2, "epochs": 2}, evaluate={"recall": {"k": KS, **recall}})
+    return make_spec(
+        store, learn={**learn, "k": 2, "epochs": 2}, evaluate={"baselines": BASELINES, "recall": {"k": KS, **recall}}
+    )
 
 
 def values(store: FeatureStore, method: str) -> dict[str, list[float]]:
     found: dict[str, list[float]] = EvaluationArtifact.open(store.storage, "recall", method).read().to_pydict()
     return found
+
+
+def features(store: FeatureStore, name: str) -> np.ndarray:
+    """All features of all groups side by side, float64 [rows, D]."""
+    found = store.open_set(name)
+    blocks = [found.read_block(block) for block in range(found.info.num_blocks)]
+    return np.concatenate([np.concatenate([*block.values()], 1) for block in blocks]).astype(np.float64)
 
 
 def expected(scores: np.ndarray) -> dict[str, list[float]]:
@@ -82,17 +94,24 @@ def test_values_are_those_of_sorted_scores_and_are_kept(mode: str, tmp_path: Pat
         update={"contribute": make_spec(store, contribute={"mode": mode}).contribute}
     )
 
-    told = evaluate_recall(spec, QUIET)
+    told = evaluate_recall(spec, ENGINE, QUIET)
 
     assert (told["queries"], told["queries_without"], told["contributors"]) == (3, 1, 2)
     assert [(row["method"], row["kernel"]) for row in told["methods"]] == [
         ("unweighted", "block"),
         ("given", "block"),
+        ("cosine", None),
         ("random", None),
     ]
-    for method, weights in (("unweighted", np.full(4, 0.25)), ("given", np.array([*WEIGHTS.values()]))):
-        want = expected(c.astype(np.float64) @ weights)
-        assert values(store, f"block.{method}") == want
+    train, queries = (features(store, name) for name in ("train", "eval"))
+    scores = {
+        "unweighted": c.astype(np.float64).mean(2),
+        "given": c.astype(np.float64) @ np.array([*WEIGHTS.values()]),
+        "cosine": queries @ train.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(train, axis=1),
+    }
+    for method, of_method in scores.items():
+        want = expected(of_method)
+        assert values(store, f"baseline.{method}" if method == "cosine" else f"block.{method}") == want
         (row,) = [row for row in told["methods"] if row["method"] == method]
         for name, of_queries in want.items():
             if name != "query":
@@ -107,12 +126,12 @@ def test_values_are_those_of_sorted_scores_and_are_kept(mode: str, tmp_path: Pat
 
 def test_what_is_kept_is_not_measured_again_and_what_is_missing_is(store: FeatureStore, tmp_path: Path) -> None:
     spec = spec_of(store, pairs=pairs(tmp_path))
-    first = evaluate_recall(spec, QUIET)
+    first = evaluate_recall(spec, ENGINE, QUIET)
     before = {info.path: store.storage.read(info.path) for info in store.storage.list_objects("evaluations")}
     random = [path for path in before if "baseline.random" in path and "/commits/" in path]
     store.storage.delete(random[0])
 
-    assert evaluate_recall(spec, QUIET) == first
+    assert evaluate_recall(spec, ENGINE, QUIET) == first
     after = {info.path: store.storage.read(info.path) for info in store.storage.list_objects("evaluations")}
     assert {path: data for path, data in after.items() if "baseline.random" not in path} == {
         path: data for path, data in before.items() if "baseline.random" not in path
@@ -121,10 +140,10 @@ def test_what_is_kept_is_not_measured_again_and_what_is_missing_is(store: Featur
 
 
 def test_other_pairs_are_refused_where_values_are_of_these(store: FeatureStore, tmp_path: Path) -> None:
-    evaluate_recall(spec_of(store, pairs=pairs(tmp_path)), QUIET)
+    evaluate_recall(spec_of(store, pairs=pairs(tmp_path)), ENGINE, QUIET)
 
     with pytest.raises(ContractError, match=r"evaluations/recall/block\.unweighted.*\n?.*pairs: store has"):
-        evaluate_recall(spec_of(store, pairs=pairs(tmp_path, {0: [3]})), QUIET)
+        evaluate_recall(spec_of(store, pairs=pairs(tmp_path, {0: [3]})), ENGINE, QUIET)
 
 
 def test_a_random_ranking_finds_by_chance_and_is_the_same_every_time(tmp_path: Path) -> None:
@@ -135,7 +154,7 @@ def test_a_random_ranking_finds_by_chance_and_is_the_same_every_time(tmp_path: P
     spec = spec_of(store, weights=False, pairs=pairs(tmp_path, of), k=[40])
     give_weights(store, WEIGHTS, "missing")
 
-    evaluate_recall(spec, QUIET)
+    evaluate_recall(spec, ENGINE, QUIET)
 
     found = values(store, "baseline.random")["recall@40"]
     assert np.mean(found) == pytest.approx(0.1, abs=0.02)
@@ -180,15 +199,15 @@ def test_pairs_lie_beside_the_run(tmp_path: Path) -> None:
 
 def test_what_there_is_nothing_to_measure_by_is_refused(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"evaluate.recall: is missing; accepted: a table \[evaluate.recall\]"):
-        evaluate_recall(make_spec(store), QUIET)
+        evaluate_recall(make_spec(store), ENGINE, QUIET)
     with pytest.raises(DataError, match=r'evaluate\.recall\.by: found "label", and no eval query has a label'):
-        evaluate_recall(spec_of(store, by="label"), QUIET)
+        evaluate_recall(spec_of(store, by="label"), ENGINE, QUIET)
     with pytest.raises(SpecError, match=r"evaluate\.recall\.pairs: found none\.csv; there is no such file"):
-        evaluate_recall(spec_of(store, pairs="none.csv"), QUIET)
+        evaluate_recall(spec_of(store, pairs="none.csv"), ENGINE, QUIET)
     with pytest.raises(DataError, match="'example 99' is not the id of an example of train"):
-        evaluate_recall(spec_of(store, pairs=pairs(tmp_path, {0: [99]})), QUIET)
+        evaluate_recall(spec_of(store, pairs=pairs(tmp_path, {0: [99]})), ENGINE, QUIET)
     with pytest.raises(NotReadyError, match="weights/missing"):
-        evaluate_recall(spec_of(store, weights=False, pairs=pairs(tmp_path)), QUIET)
+        evaluate_recall(spec_of(store, weights=False, pairs=pairs(tmp_path)), ENGINE, QUIET)
     assert [*store.storage.list_objects("evaluations")] == []
 
 

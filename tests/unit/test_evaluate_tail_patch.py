@@ -118,7 +118,14 @@ def test_values_are_those_of_a_copy_of_the_model_and_survive_a_kill(folder: Path
     told = evaluate_tail_patch(spec, engine, QUIET)
 
     assert engine.ran == ["tail-patch-000003"]
-    assert [row["method"] for row in told["methods"]] == ["unweighted", "learned", "bm25", "random"]
+    assert [row["method"] for row in told["methods"]] == [
+        "unweighted",
+        "learned",
+        "bm25",
+        "embedding",
+        "cosine",
+        "random",
+    ]
     for method in ("block.unweighted", "block.learned", "baseline.bm25"):
         values = EvaluationArtifact.open(store.storage, "tail_patch", method).read().to_pydict()
         ranked = ScoresArtifact.open(store.storage, method).read().to_pylist()

@@ -92,8 +92,8 @@ def evaluate_lds(spec: RunSpec, engine: Engine, progress: Progress) -> dict[str,
             'those of learn queries; set contribute.mode = "tensor" or "streamed", or leave groups = false and choose out.'
         )
     # Before hours of training.
-    found = [*contenders(spec, store)]
-    offered = [] if section.choose is None else [*candidates(spec, store, section.choose)]
+    found = [*contenders(spec, store, engine)]
+    offered = [] if section.choose is None else [*candidates(spec, store, engine, section.choose)]
     retrained = retrain(spec, engine, progress)
     judge = _Judge.of(spec, store, retrained, "eval")
     choice = None if section.choose is None else _choose(offered, spec, store, retrained, progress)
@@ -208,11 +208,13 @@ def _predicted(
         sums = {method: SubsetSums(masks_SN, rows) for method in missing}
         # Every group of a query is like a query of its own.
         group_sums = SubsetSums(masks_SN, rows * len(groups)) if of_groups else None
-        for piece in found.scan(missing or [found.methods[0]], progress, MEASURE):
-            for method, of_method in sums.items():
-                of_method.add(piece.scores[method], piece.rows, piece.first)
-            if group_sums is not None:
-                assert piece.parts is not None, "modes without parts were refused"
+        # Parts come with the scores of a kernel.
+        scanned = [*missing, *([found.methods[0]] if of_groups and found.methods[0] not in missing else [])]
+        for piece in found.scan(scanned, progress, MEASURE):
+            for method, scores in piece.scores.items():
+                if method in sums:
+                    sums[method].add(scores, piece.rows, piece.first)
+            if group_sums is not None and piece.parts is not None:
                 of_each = piece.parts.transpose(0, 2, 1).reshape(-1, len(piece.rows))
                 group_sums.add(of_each, piece.rows, piece.first * len(groups))
         for method, of_method in sums.items():

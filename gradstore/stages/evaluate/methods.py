@@ -4,29 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 
+from gradstore.cluster import Engine
 from gradstore.numerics.generator import derive_key, stretches
+from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
+from gradstore.stages.evaluate.cosine import COSINE, cosine_source, refuses_cosine
+from gradstore.stages.evaluate.embeddings import embedding_settings, has_embeddings, similarities
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.baselines import baselines_of, bm25_scores, texts_of
-from gradstore.stages.score.sources import BM25, RANDOM, Method, Scored, Source, open_source, weighted_methods
+from gradstore.stages.score.baselines import bm25_scores, rank_by_baselines, texts_of
+from gradstore.stages.score.sources import (
+    BM25,
+    RANDOM,
+    Method,
+    Ranks,
+    Scored,
+    Source,
+    open_source,
+    weighted_methods,
+)
 from gradstore.stages.weights import candidate_names
 from gradstore.store.features import FeatureStore
 
+EMBEDDING: Final = Method(name="embedding")
 _WORDS: Final = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots: what is made for some baselines is made once.
+@dataclass(frozen=True, kw_only=True)
 class Compared:
     """The methods of one kernel, with the baselines beside them, and what their scores come from.
 
     Attributes
     ----------
-    spec, store
-        The run, of one kernel of a sweep, and its store.
+    spec, store, engine
+        The run, of one kernel of a sweep, its store, and who computes what baselines need.
     source
         Scores by the kernel.
     methods
@@ -37,6 +53,7 @@ class Compared:
 
     spec: RunSpec
     store: FeatureStore
+    engine: Engine
     source: Source
     methods: tuple[Method, ...]
     set_name: str = "eval"
@@ -46,29 +63,65 @@ class Compared:
         found = {"train": self.store.describe("train"), self.set_name: self.store.describe(self.set_name)}
         if method.kernel is not None:
             return found | self.source.settings(method)
+        if method == EMBEDDING:
+            return found | embedding_settings(self.spec, self.store)
         return found | ({"seed": self.spec.run.seed} if method == RANDOM else {})
 
     def scan(self, methods: Sequence[Method], progress: Progress, stage: str) -> Iterator[Scored]:
-        """Yield pieces of the scores by some of the methods: every valid row of every query once."""
-        by_words = self._by_words() if BM25 in methods else None
-        rows = self.source.valid_rows()
-        # Where baselines alone are asked for, some kernel gives the pieces.
-        of_kernel = [method for method in methods if method.kernel is not None] or [self.methods[0]]
-        for piece in self.source.scan(of_kernel, progress, stage):
-            scores = {method: piece.scores[method] for method in of_kernel if method in methods}
-            queries = range(piece.first, piece.first + len(next(iter(piece.scores.values()))))
-            if by_words is not None:
-                places = np.searchsorted(rows, piece.rows)
-                scores[BM25] = by_words[queries.start : queries.stop, places].astype(np.float64)
-            if RANDOM in methods:
-                scores[RANDOM] = np.stack([self._random(query, piece.rows) for query in queries])
-            yield replace(piece, scores=scores)
+        """Yield pieces of the scores by some of the methods, not all in every piece: every valid row of every query once for each."""
+        of_kernel = [method for method in methods if method.kernel is not None]
+        beside = [method for method in methods if method in (BM25, RANDOM, EMBEDDING)]
+        if of_kernel or beside:
+            # Where baselines alone are asked for, some kernel gives the pieces.
+            for piece in self.source.scan(of_kernel or [self.methods[0]], progress, stage):
+                scores = {method: piece.scores[method] for method in of_kernel}
+                queries = range(piece.first, piece.first + len(next(iter(piece.scores.values()))))
+                scores |= {method: self._beside(method, queries, piece.rows, progress) for method in beside}
+                yield replace(piece, scores=scores)
+        if COSINE in methods:
+            with cosine_source(self.spec, progress) as source:
+                yield from source.scan(progress, stage)
 
+    def rank(self, methods: Sequence[Method], keep: int, progress: Progress) -> dict[Method, Ranks]:
+        """Rank the valid rows by some of the methods, keeping the best of every query."""
+        rows_N = self.source.valid_rows()
+        keep = min(keep, len(rows_N))
+        found = self.source.rank(methods, keep, progress)
+        found |= rank_by_baselines(self.store, methods, rows_N, keep, seed=self.spec.run.seed)
+        if COSINE in methods:
+            with cosine_source(self.spec, progress) as source:
+                found[COSINE] = source.rank(keep, progress)
+        if EMBEDDING in methods:
+            similar_QN = self._similarities(progress)[:, rows_N]
+            places = np.argsort(-similar_QN, axis=1, kind="stable")[:, :keep]
+            scores = np.take_along_axis(similar_QN, places, 1).astype(np.float64)
+            parts = np.empty((*places.shape, 0), np.float32)
+            found[EMBEDDING] = Ranks(proponents=Ranked(rows=rows_N[places], scores=scores, parts=parts))
+        return found
+
+    def _beside(self, method: Method, queries: range, rows: np.ndarray, progress: Progress) -> np.ndarray:
+        """Scores [q, n] of some queries and rows by a baseline."""
+        if method == RANDOM:
+            return np.stack([self._random(query, rows) for query in queries])
+        some = slice(queries.start, queries.stop)
+        if method == EMBEDDING:
+            return self._similarities(progress)[some, rows].astype(np.float64)
+        places = np.searchsorted(self.source.valid_rows(), rows)
+        return np.asarray(self._by_words[some, places].astype(np.float64))
+
+    @cached_property
     def _by_words(self) -> np.ndarray:
         """BM25 scores [Q, n] of the valid rows."""
         train, queries = self.store.open_set("train"), self.store.open_set("eval")
         texts = texts_of(train)
         return bm25_scores(texts_of(queries), [texts[row] for row in self.source.valid_rows()])
+
+    def _similarities(self, progress: Progress) -> np.ndarray:
+        """Similarities of embeddings [Q, rows], made once."""
+        if "_similar" not in self.__dict__:
+            self.__dict__["_similar"] = similarities(self.spec, self.store, self.engine, progress)
+        found: np.ndarray = self.__dict__["_similar"]
+        return found
 
     def _random(self, query: int, rows: np.ndarray) -> np.ndarray:
         """Uniform numbers of a query and some rows, the same in whatever pieces they are asked for."""
@@ -78,7 +131,7 @@ class Compared:
         return np.asarray(drawn[rows - first * _WORDS] / 2.0**64)
 
 
-def contenders(spec: RunSpec, store: FeatureStore) -> Iterator[Compared]:
+def contenders(spec: RunSpec, store: FeatureStore, engine: Engine) -> Iterator[Compared]:
     """Yield the methods of every kernel of a run, of the eval queries; the baselines belong to the first.
 
     Raises
@@ -86,13 +139,25 @@ def contenders(spec: RunSpec, store: FeatureStore) -> Iterator[Compared]:
     NotReadyError
         If contributions or weights are missing.
     """
-    baselines = baselines_of(store.open_set("eval"))
+    baselines = _baselines(spec, store)
     for place, swept in enumerate(spec.sweep()):
         methods = (*weighted_methods(swept), *(baselines if place == 0 else ()))
-        yield Compared(spec=swept, store=store, source=open_source(swept, store), methods=methods)
+        yield Compared(spec=swept, store=store, engine=engine, source=open_source(swept, store), methods=methods)
 
 
-def candidates(spec: RunSpec, store: FeatureStore, set_name: str) -> Iterator[Compared]:
+def _baselines(spec: RunSpec, store: FeatureStore) -> tuple[Method, ...]:
+    """Those baselines that the run asks for and its examples have: images have no words, and not every model embeds."""
+    output = store.contract["model"].get("output")
+    there_is = {
+        BM25: any(texts_of(store.open_set("eval"))),
+        EMBEDDING: has_embeddings(spec),
+        COSINE: not refuses_cosine(output, [*spec.model.etas.values()]),
+        RANDOM: True,
+    }
+    return tuple(method for method in there_is if there_is[method] and method.name in spec.evaluate.baselines)
+
+
+def candidates(spec: RunSpec, store: FeatureStore, engine: Engine, set_name: str) -> Iterator[Compared]:
     """Yield what may be chosen by the queries of a set: every kernel, without weights, with its own, and with their candidates.
 
     Raises
@@ -109,7 +174,9 @@ def candidates(spec: RunSpec, store: FeatureStore, set_name: str) -> Iterator[Co
             for name in candidate_names(store, method.weights)
         ]
         source = open_source(swept, store, set_name)
-        yield Compared(spec=swept, store=store, source=source, methods=(*methods, *others), set_name=set_name)
+        yield Compared(
+            spec=swept, store=store, engine=engine, source=source, methods=(*methods, *others), set_name=set_name
+        )
 
 
 def described(method: Method) -> Mapping[str, str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gradstore.cluster import Engine
 from gradstore.errors import DataError, SpecError
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import valid_rows_of
@@ -22,7 +23,7 @@ from gradstore.store.features import FeatureStore
 MEASURE = "recall"
 
 
-def evaluate_recall(spec: RunSpec, progress: Progress) -> dict[str, Any]:
+def evaluate_recall(spec: RunSpec, engine: Engine, progress: Progress) -> dict[str, Any]:
     """Measure recall@k and the reciprocal rank of every method, as [evaluate.recall] says; return what it amounts to.
 
     Values of every query are kept at ``evaluations/recall/<method>``; those that are there are not measured again.
@@ -49,7 +50,7 @@ def evaluate_recall(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     if not queries:
         raise DataError("evaluate.recall: no eval query has a known contributor among the valid train examples.")
     tables = []
-    for found in contenders(spec, store):
+    for found in contenders(spec, store, engine):
         asked = {method: _create(found, method, known, section.k) for method in found.methods}
         missing = [method for method, artifact in asked.items() if not artifact.is_complete()]
         if missing:
@@ -102,11 +103,11 @@ def _ranks(
 
     searches = {method: RankSearch(wanted) for method in methods}
     for piece in found.scan(methods, progress, MEASURE):
-        for method, search in searches.items():
-            search.find(piece.scores[method], piece.rows, piece.first)
+        for method, scores in piece.scores.items():
+            searches[method].find(scores, piece.rows, piece.first)
     for piece in found.scan(methods, progress, MEASURE):
-        for method, search in searches.items():
-            search.count(piece.scores[method], piece.rows, piece.first)
+        for method, scores in piece.scores.items():
+            searches[method].count(scores, piece.rows, piece.first)
     return {method: search.ranks() for method, search in searches.items()}
 
 

@@ -16,7 +16,6 @@ from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.evaluate.methods import Compared, contenders, described
 from gradstore.stages.evaluate.told import compared
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.baselines import rank_by_baselines
 from gradstore.stages.score.sources import Method
 from gradstore.stages.score.tail_patch import LOG_PROBABILITIES, patch_query
 from gradstore.store.artifacts import EvaluationArtifact, PatchedArtifact
@@ -57,7 +56,7 @@ def evaluate_tail_patch(spec: RunSpec, engine: Engine, progress: Progress) -> di
         raise SpecError(f"{KEY}: the store's output function is {output}, which tells no log-probability.")
     queries = valid_rows_of(store, "eval")[: section.queries].tolist()
     asked, missing = [], []
-    for found in contenders(spec, store):
+    for found in contenders(spec, store, engine):
         artifacts = {method: _create(found, method, section) for method in found.methods}
         asked.append(artifacts)
         missing.append((found, [method for method, artifact in artifacts.items() if not artifact.is_complete()]))
@@ -92,11 +91,7 @@ def _rankings(
     for found, methods in missing:
         if not methods:
             continue
-        rows_N = found.source.valid_rows()
-        keep = min(k, len(rows_N))
-        ranks = found.source.rank(methods, keep, progress)
-        ranks |= rank_by_baselines(found.store, methods, rows_N, keep, seed=found.spec.run.seed)
-        for method, of_method in ranks.items():
+        for method, of_method in found.rank(methods, k, progress).items():
             for query in queries:
                 rankings[query][method.artifact] = of_method.proponents.rows[query].tolist()
     return rankings

@@ -9,6 +9,7 @@ from uuid import uuid4
 import numpy as np
 
 from gradstore.cluster import Engine
+from gradstore.cluster.here import Here
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.queries import Slab, Target
 from gradstore.stages.contribute.rows import prepare_rows, score_transform
@@ -33,7 +34,7 @@ def top_means(
     url = overlay_url(uuid4().hex, spec.run.store)
     over, store = spec.model_copy(update={"run": spec.run.model_copy(update={"store": url})}), FeatureStore.open(url)
     assert isinstance(store.storage, OverlayStorage), "queries are written over the store"
-    prepare_rows(over, cast(Engine, _Nobody()), progress)
+    prepare_rows(over, cast(Engine, Here()), progress)
     train = base.open_set("train").info
     ranker = Ranker(
         store=store,
@@ -58,11 +59,3 @@ def top_means(
         for method in methods:
             found[method].append(winners[method.name].proponents.scores.mean(1))
     return {method: np.concatenate(parts) for method, parts in found.items()}
-
-
-class _Nobody:
-    """Stands for an engine where everything is there already: self-influence is made before."""
-
-    def run(self, tasks: Sequence[object]) -> list[object]:
-        assert not tasks, "self-influence is there"
-        return []

@@ -2,6 +2,7 @@
 
 from gradstore.store.artifacts.artifact import ArtifactStatus, list_artifacts, remove_artifact
 from gradstore.store.artifacts.contributions import BlockWriter, ContributionArtifact, ContributionShape
+from gradstore.store.artifacts.embeddings import EmbeddingsArtifact
 from gradstore.store.artifacts.full_kernel import FullKernelArtifact, FullKernelShape
 from gradstore.store.artifacts.kernel import KernelArtifact, SpectraShape
 from gradstore.store.artifacts.matrices import MatricesArtifact
@@ -27,6 +28,7 @@ __all__ = [
     "ContributionArtifact",
     "ContributionDtype",
     "ContributionShape",
+    "EmbeddingsArtifact",
     "EvaluationArtifact",
     "FullKernelArtifact",
     "FullKernelShape",

@@ -48,6 +48,7 @@ FOLDERS: Final = {
     "scores": ("scores", 1),
     "retrained": ("retrained", 2),
     "patched": ("patched", 1),
+    "embeddings": ("embeddings", 2),
     "evaluation": ("evaluations", 2),
 }
 VERBS: Final = {
@@ -65,6 +66,7 @@ VERBS: Final = {
     "scores": "score",
     "retrained": "evaluate lds",
     "patched": "evaluate tail-patch",
+    "embeddings": "evaluate",
     "evaluation": "evaluate",
 }
 # How a run gets its settings where an artifact of other settings is in the way.
@@ -83,6 +85,7 @@ _WAYS_OUT: Final = {
     "scores": "",
     "retrained": "choose another evaluate.lds.name, ",
     "patched": "",
+    "embeddings": "",
     "evaluation": "",
 }
 
@@ -271,8 +274,8 @@ class Artifact(ABC):
         what = f"{self.storage.url}/{self.folder}: part {unit} of {self.info.num_units} is not committed. Run "
         return self.log.require(unit, f"{what}`gradstore {VERBS[self.kind]}`: it goes on from there.")
 
-    def _read_object(self, path: str) -> bytes:
-        record, place = self._record(0), f"{self.folder}/{path}"
+    def _read_object(self, path: str, unit: int = 0) -> bytes:
+        record, place = self._record(unit), f"{self.folder}/{path}"
         entry, remedy = record.objects[path], self.log.remedy()
         return self.log.read(record, place, lambda: read_object(self.storage, place, entry, remedy=remedy))
 

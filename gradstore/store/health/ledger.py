@@ -8,6 +8,7 @@ from typing import Final
 
 from gradstore.store.artifacts import (
     ContributionArtifact,
+    EmbeddingsArtifact,
     EvaluationArtifact,
     FullKernelArtifact,
     KernelArtifact,
@@ -46,6 +47,7 @@ ARTIFACTS: Final[Mapping[str, type[Artifact]]] = {
         ScoresArtifact,
         RetrainedArtifact,
         PatchedArtifact,
+        EmbeddingsArtifact,
         EvaluationArtifact,
     )
 }
