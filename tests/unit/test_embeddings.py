@@ -64,7 +64,7 @@ def test_those_of_a_language_model_are_means_over_tokens_of_its_last_hidden_stat
     commits = sorted(path for path in kept if "/train/" in path and "/commits" in path)
     assert len(commits) == 3
     store.storage.delete(commits[1])
-    ran = []
+    ran: list[str] = []
 
     class Counts(InThisProcess):
         def run(self, tasks: Any) -> Any:
