@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
 def gradstore(folder: Path, *arguments: str) -> str:
     """Run a command of gradstore on a run of the study, whose modules are in its folder; its progress goes to the terminal."""
     words = [str(folder / word) if word.endswith(".toml") else word for word in arguments]
-    print("$ gradstore", *words, flush=True)  # noqa: T201
+    print("$ gradstore", *words, flush=True)
     program = Path(sys.executable).with_name("gradstore")
     modules = os.pathsep.join([str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
