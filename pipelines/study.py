@@ -32,6 +32,8 @@ _HUNDRED = 100
 def main(folder: Path) -> None:
     """Run what is missing of a study, and write its tables."""
     study = tomllib.loads((folder / "study.toml").read_text(encoding="utf-8"))
+    if "prepare" in study:
+        subprocess.run([sys.executable, folder / study["prepare"]], check=True)
     found: dict[str, dict[str, Told]] = {}
     for table in study["tables"]:
         for row in table["rows"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gradstore.adapters.causal_lm import NO_ARCHITECTURE
@@ -13,7 +12,7 @@ from gradstore.adapters.images.classes import Classes
 from gradstore.adapters.images.mislabelling import mislabelled
 from gradstore.adapters.images.pixels import COLOUR, GRAY, Preparation, resolve_preparation
 from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, split_images
-from gradstore.adapters.models.modules import fill, is_function, make_module, save_weights, weights_place
+from gradstore.adapters.models.modules import KeptInAFile, fill, is_function, make_module
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import DataError, SpecError
@@ -61,7 +60,7 @@ class ImageOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageClassifier:
+class ImageClassifier(KeptInAFile):
     """A classifier whose f(x) is the cross-entropy of an image's class, or its margin log(p / (1 - p)).
 
     ``model.source`` is a function that makes a torch module (``package.module:function``), or a folder or hub id of
@@ -120,14 +119,6 @@ class ImageClassifier:
             function = is_function(self.model.source)
             module = self._made(shape_only=True) if function else self._from_config(shape_only=False)
         return module.to(device)
-
-    def saved_place(self) -> Path:
-        """Return the file that ``model.weights`` names."""
-        return weights_place(self.model.weights)
-
-    def save(self, model: nn.Module, place: Path) -> None:
-        """Write a model's tensors to a file."""
-        save_weights(model, place)
 
     def losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return the cross-entropy [B] of images, whatever the run's output function is."""

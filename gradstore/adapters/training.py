@@ -36,6 +36,15 @@ class Untrained(Protocol):
 
 
 @runtime_checkable
+class TrainsAlone(Protocol):
+    """An adapter whose train examples can be read without those of other splits, which the model is to make."""
+
+    def training_examples(self) -> Sequence[Example]:
+        """Return the examples of data.train, in row order."""
+        ...
+
+
+@runtime_checkable
 class Saved(Protocol):
     """An adapter that can keep a model which was trained, so that ``load`` finds it."""
 

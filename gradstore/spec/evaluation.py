@@ -61,7 +61,9 @@ class DatamodelingSection(Section):
     """[evaluate.lds]: how models are retrained on subsets of the train examples, by the trainer of [training].
 
     Of every one of the ``subsets``, which hold a ``share`` of the examples each, ``seeds`` models are trained and their outputs
-    averaged. ``name`` tells apart retrainings by several trainers. ``groups`` asks for the LDS of every parameter group alone.
+    averaged. ``name`` tells apart retrainings by several trainers. ``output`` is the output function of which retrained models are
+    asked, ``model.output`` unless given, and of diffusion models the error of the noise. ``store`` is where they are kept, the run's
+    own unless given: runs on the same examples may share them. ``groups`` asks for the LDS of every parameter group alone.
     ``choose`` names the queries by which one of the run's kernels and weights is chosen.
     """
 
@@ -69,6 +71,8 @@ class DatamodelingSection(Section):
     subsets: int = Field(default=32, ge=2)
     share: float = Field(default=0.5, gt=0, lt=1)
     seeds: int = Field(default=1, ge=1)
+    output: str | None = Field(default=None, min_length=1)
+    store: str | None = Field(default=None, min_length=1)
     groups: bool = True
     choose: str | None = None
 

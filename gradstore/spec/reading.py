@@ -117,13 +117,12 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
         evaluate = evaluate.model_copy(update={"recall": with_file(evaluate.recall, "pairs")})
     if evaluate.mislabel is not None:
         evaluate = evaluate.model_copy(update={"mislabel": with_file(evaluate.mislabel, "examples")})
-    store = spec.run.store
-    if "://" not in store:
-        # Workers run in folders of their own, so they are told the whole path.
-        store = str(Path(store).expanduser().absolute())
+    if evaluate.lds is not None and evaluate.lds.store is not None:
+        lds = evaluate.lds.model_copy(update={"store": _whole(evaluate.lds.store)})
+        evaluate = evaluate.model_copy(update={"lds": lds})
     return spec.model_copy(
         update={
-            "run": spec.run.model_copy(update={"store": store}),
+            "run": spec.run.model_copy(update={"store": _whole(spec.run.store)}),
             "model": model,
             "data": data.model_copy(update={**splits, "aspects": aspects}),
             "learn": with_file(spec.learn, "pairs"),
@@ -131,6 +130,11 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
             "evaluate": evaluate,
         }
     )
+
+
+def _whole(store: str) -> str:
+    """A store's URL, or its whole path: workers run in folders of their own."""
+    return store if "://" in store else str(Path(store).expanduser().absolute())
 
 
 def explain(error: ValidationError, values: Any, model: type[BaseModel] | None, prefix: str = "") -> str:

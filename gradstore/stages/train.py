@@ -11,7 +11,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from gradstore.adapters import Adapter
-from gradstore.adapters.training import Saved, Trainer, resolve_trainer, trainer_settings
+from gradstore.adapters.training import Saved, Trainer, TrainsAlone, resolve_trainer, trainer_settings
 from gradstore.errors import SpecError, StorageError
 from gradstore.numerics.generator import derive_key
 from gradstore.plan.resolve import make_adapter, resolve_device
@@ -63,7 +63,7 @@ def _place(adapter: Adapter, *, force: bool) -> Path:
 def _train(spec: RunSpec, member: str, trainer: Trainer, place: Path, *, force: bool) -> dict[str, Any]:
     """Train the model of one member, unless it is there."""
     adapter = make_adapter(_anew(spec), member)
-    examples = adapter.examples().splits
+    examples = _examples(adapter)
     made_from = plain(
         {
             **trainer_settings(spec.training.trainer, spec.training.options),
@@ -89,6 +89,11 @@ def _train(spec: RunSpec, member: str, trainer: Trainer, place: Path, *, force: 
     }
     _write(adapter, model, place, {"made_from": made_from, "facts": facts})
     return {**facts, "kept": False}
+
+
+def _examples(adapter: Adapter) -> Mapping[str, Sequence[Example]]:
+    """The train examples, and those of other splits where no model has to make them."""
+    return {"train": adapter.training_examples()} if isinstance(adapter, TrainsAlone) else adapter.examples().splits
 
 
 def _anew(spec: RunSpec) -> RunSpec:

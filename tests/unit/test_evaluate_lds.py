@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from gradstore.cluster import Task
 from gradstore.errors import ContractError, SpecError
 from gradstore.numerics.metrics import subset_mask
 from gradstore.spec import RunSpec, read_spec
@@ -35,8 +37,10 @@ TRAIN, QUERIES, SUBSETS, SEED = 60, 8, 6, 4
 DAMPINGS = {"block_0p1": 0.1, "block_10": 10.0}
 
 
-def spec_of(folder: Path, **lds: Any) -> RunSpec:
+def spec_of(folder: Path, features: dict[str, Any] | None = None, place: str = "store", **lds: Any) -> RunSpec:
     tables: dict[str, dict[str, Any]] = {
+        "run": {"store": str(folder / place)},
+        "features": features or {},
         "data.train": {"rows": TRAIN},
         "data.learn": {"rows": QUERIES},
         "data.eval": {"rows": QUERIES},
@@ -146,3 +150,43 @@ def test_groups_are_refused_where_there_are_scores_alone_and_another_share_needs
         ContractError, match=r"share: store has 0\.5, the run asks for 0\.25\n(.*\n)*.*evaluate\.lds\.name"
     ):
         evaluate_lds(spec_of(folder, share=0.25), ENGINE, QUIET)
+
+
+def test_runs_on_the_same_examples_share_retrained_models(folder: Path) -> None:
+    evaluate_lds(spec_of(folder), ENGINE, QUIET)
+    projection = {"projection": {"kind": "dense", "features": 8}}
+    spec = spec_of(folder, projection, "projected", store=str(folder / "store"))
+    for stage in (featurize, build_kernel, contribute, learn):
+        stage(spec, ENGINE, QUIET)
+
+    class Counts(InThisProcess):
+        ran: list[str]
+
+        def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+            self.ran = [*getattr(self, "ran", []), *(task.name for task in tasks)]
+            return super().run(tasks)
+
+    engine: Any = Counts()
+    told = evaluate_lds(spec, engine, QUIET)
+
+    assert [name for name in engine.ran if name.startswith("retrain")] == []
+    store, first = FeatureStore.open(str(folder / "projected")), FeatureStore.open(str(folder / "store"))
+    scores = c_of(store, "block_0p1", "eval").mean(2)
+    (found,) = (
+        row["measures"]["lds"]["mean"]
+        for row in told["methods"]
+        if (row["kernel"], row["method"]) == ("block_0p1", "unweighted")
+    )
+    assert found == pytest.approx(correlations(scores, outputs(first, "eval")).mean())
+
+
+def test_retrained_models_may_be_asked_for_another_output_than_features_are_of(folder: Path) -> None:
+    spec = spec_of(folder, name="margins", output="margin", subsets=2, seeds=1, choose="learn")
+    evaluate_lds(spec, ENGINE, QUIET)
+
+    store = FeatureStore.open(spec.run.store)
+    losses = RetrainedArtifact.open(store.storage, "half", "000001.0").read()
+    margins = RetrainedArtifact.open(store.storage, "margins", "000001.0").read()
+    # The same model, whose loss is log(1 + e^-m).
+    expected = np.log1p(np.exp(-np.array(margins["output"])))
+    assert np.array(losses["output"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -15,10 +15,11 @@ from gradstore.adapters.diffusion.options import DiffusionOptions
 from gradstore.adapters.diffusion.sampler import Sampling, resolve_sampling
 from gradstore.adapters.diffusion.schedule import Copies, Schedule, evenly_spaced
 from gradstore.adapters.diffusion.splits import LAST, PATH, TIMES, Wanted, refuse_equal_samples, sampled_split, sized
+from gradstore.adapters.diffusion.training import classes_of, denoising_losses
 from gradstore.adapters.images.classes import Classes
 from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, split_images
 from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
-from gradstore.adapters.models.modules import fill, is_function, make_module
+from gradstore.adapters.models.modules import KeptInAFile, fill, is_function, make_module
 from gradstore.adapters.protocol import Examples
 from gradstore.errors import SpecError
 from gradstore.spec import DataSection, ModelSection, content_hash, key_of, resolve_kind
@@ -39,7 +40,7 @@ _CLASS_LABELS: Final = "class_labels"
 
 # Without slots, as what run.toml says is resolved once and kept: outputs are asked for once a batch.
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(KeptInAFile):
     """A diffusion model whose f(x) is a mean over noised copies of x, the same timesteps and noises for every image.
 
     ``model.source`` is a function that makes a torch module (``package.module:function``), which is called with noisy
@@ -111,6 +112,26 @@ class Diffusion:
         rows = {name: len(examples) for name, examples in splits.items()}
         return Examples(splits=splits, facts=replace(found.facts, rows=rows))
 
+    def training_examples(self) -> Sequence[Example]:
+        """Return the images of data.train, for which no model has to make others."""
+        labelled = Labelled.read(self.data, omit=self._samplings())
+        found = split_images(labelled, self._classes(labelled), self._options.preparation(), self.seed)
+        return [self._sized(example) for example in found.splits["train"]]
+
+    def fresh(self, seed: int, device: str) -> nn.Module:
+        """Return the model as its function or its configuration makes it, with random parameters of the seed."""
+        from gradstore.numerics.training import seeded
+
+        if self.model.peft is not None:
+            raise SpecError("model.peft: a model with an adapter is not made anew. Name a trainer of your own.")
+        with seeded(seed):
+            return self._made(shape_only=False, filled=False).to(device)
+
+    def losses(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Return the error of the noise that the model sees in each image [B], at a random timestep."""
+        like = next(model.parameters())
+        return denoising_losses(partial(self._call, model), examples, self._schedule.levels, like)
+
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """Return f [B] of images of one shape, each seen in its noised copies."""
         return self.outputs_and_residuals(model, examples)[0]
@@ -121,7 +142,7 @@ class Diffusion:
         from gradstore.numerics.outputs.diffusion import residual
 
         noisy, noise, times = self._noised(model, examples)
-        predicted = self._predicted(model, noisy, times, _classes_of(examples))
+        predicted = self._predicted(model, noisy, times, classes_of(examples))
         output = OUTPUTS[self._output](predicted, *([noise] if self._output == SIMPLE else []))
         return output, residual(predicted, noise) if self._output == DAS else None
 
@@ -336,7 +357,7 @@ class Diffusion:
         example = max(every, key=lambda item: int(item.inputs.get(CLASS, 0)))
         model = self._made(shape_only=False, filled=False)
         noisy = torch.zeros(1, *example.inputs[IMAGE].shape)
-        classes = _classes_of([example])
+        classes = classes_of([example])
         with torch.no_grad():
             self._call(
                 model, noisy, np.array([self._schedule.steps - 1]), None if classes is None else np.array(classes)
@@ -370,7 +391,3 @@ class Diffusion:
         if saved is None:
             return {"source": self.model.source, "arguments": content_hash(self._options.arguments or {})}
         return {"config": saved.architecture()}
-
-
-def _classes_of(examples: Sequence[Example]) -> list[int] | None:
-    return [int(example.inputs[CLASS]) for example in examples] if CLASS in examples[0].inputs else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gradstore.adapters.locations import PACKAGE, resolve_location
 from gradstore.adapters.models.functions import find_function, users_code
 from gradstore.errors import DataError, SpecError
+from gradstore.spec import ModelSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,29 +76,35 @@ def fill(module: nn.Module, weights: str) -> None:
     module.load_state_dict(dict(state))
 
 
-def weights_place(weights: str | None) -> Path:
-    """Return the file of weights that a model which is trained is written to.
+class KeptInAFile:
+    """An adapter's model as a file of weights, ``model.weights``: how it is written once it was trained."""
 
-    Raises
-    ------
-    SpecError
-        If there is no name of a file of safetensors.
-    """
-    if weights is None or weights.startswith(PACKAGE) or Path(weights).suffix != SAFETENSORS:
-        found = "is missing" if weights is None else f"found {weights!r}"
-        raise SpecError(
-            f"model.weights: {found}; accepted: a file {SAFETENSORS}, to which the trained model is written."
-        )
-    return Path(weights)
+    __slots__ = ()
+    model: ModelSection
 
+    def saved_place(self) -> Path:
+        """Return the file that ``model.weights`` names.
 
-def save_weights(module: nn.Module, place: Path) -> None:
-    """Write all tensors of a module to a file of safetensors."""
-    from safetensors.torch import save
+        Raises
+        ------
+        SpecError
+            If it names none of safetensors.
+        """
+        weights = self.model.weights
+        if weights is None or weights.startswith(PACKAGE) or Path(weights).suffix != SAFETENSORS:
+            found = "is missing" if weights is None else f"found {weights!r}"
+            raise SpecError(
+                f"model.weights: {found}; accepted: a file {SAFETENSORS}, to which the trained model is written."
+            )
+        return Path(weights)
 
-    # Tensors that share memory, as tied ones do, are written each for itself.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
-    place.write_bytes(save(tensors))
+    def save(self, model: nn.Module, place: Path) -> None:
+        """Write all tensors of a model to a file."""
+        from safetensors.torch import save
+
+        # Tensors that share memory, as tied ones do, are written each for itself.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+        place.write_bytes(save(tensors))
 
 
 def _read(weights: str) -> dict[str, Tensor]:

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from gradstore.adapters.models.functions import code_hash, find_function, users_code
-from gradstore.adapters.models.modules import fill, save_weights, weights_place
+from gradstore.adapters.models.modules import KeptInAFile, fill
 from gradstore.adapters.own.splits import MASK, own_queries, split_own
 from gradstore.adapters.protocol import Examples, QueryReader
 from gradstore.errors import SpecError
@@ -57,7 +56,7 @@ class OwnOptions:
 
 # Without slots: the user's object is made when it is first needed, once.
 @dataclass(frozen=True)
-class OwnAdapter:
+class OwnAdapter(KeptInAFile):
     """An `OwnTask` as an `Adapter`."""
 
     model: ModelSection
@@ -171,14 +170,6 @@ class OwnAdapter:
         else:
             raise SpecError(f"model.adapter: version of {name} is {version!r:.80}; accepted: a string or an integer.")
         return {"adapter": name, "arguments": content_hash(self._arguments()), "output": OUTPUT, **code}
-
-    def saved_place(self) -> Path:
-        """Return the file that ``model.weights`` names."""
-        return weights_place(self.model.weights)
-
-    def save(self, model: nn.Module, place: Path) -> None:
-        """Write a model's tensors to a file."""
-        save_weights(model, place)
 
     def output_heads(self, model: nn.Module) -> tuple[str, ...]:
         """Return nothing: what is left out is chosen in run.toml, features.groups.exclude."""

@@ -189,7 +189,7 @@ def _predicted(
     from gradstore.numerics.metrics import SubsetSums
 
     section, storage = section_of(found.spec), found.store.storage
-    evaluated = section.model_dump(exclude={"groups", "choose"})
+    evaluated = section.model_dump(exclude={"groups", "choose", "store"})
     artifacts = {
         method: EvaluationArtifact.create(
             storage,

@@ -15,13 +15,14 @@ from gradstore.cluster import Engine, Task
 from gradstore.errors import DataError, SpecError, SupersededError
 from gradstore.numerics.generator import derive_key
 from gradstore.plan.resolve import make_adapter, resolve_device
-from gradstore.spec import RunSpec
+from gradstore.spec import RunSpec, content_hash
 from gradstore.spec.evaluation import DatamodelingSection
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import examples_at
 from gradstore.store.artifacts import RetrainedArtifact
+from gradstore.store.backend import Storage, open_storage
 from gradstore.store.codecs import plain
 from gradstore.store.examples import Example
 from gradstore.store.features import FeatureStore
@@ -35,6 +36,8 @@ KEY: Final = "evaluate.lds"
 # Damping and the like are chosen by queries of learn, so that none is by those that are reported.
 QUERY_SETS: Final = ("learn", "eval")
 _BATCH: Final = 64
+# Output function of diffusion models that is a loss.
+_ERROR: Final = "ddpm_simple"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +72,7 @@ def retrain(spec: RunSpec, engine: Engine, progress: Progress) -> Retrained:
     places = [(subset, seed) for subset in range(section.subsets) for seed in range(section.seeds)]
     common = _settings(spec, store)
     artifacts = {
-        place: RetrainedArtifact.create(store.storage, section.name, _name(place), settings=_of_place(common, place))
+        place: RetrainedArtifact.create(_kept_in(spec), section.name, _name(place), settings=_of_place(common, place))
         for place in places
     }
     masks_SN = _masks(spec, store, range(section.subsets))
@@ -88,7 +91,7 @@ def retrain(spec: RunSpec, engine: Engine, progress: Progress) -> Retrained:
             for _ in engine.run(tasks):
                 advance(1)
     tables = [artifacts[place].read() for place in places]
-    sign = 1.0 if store.contract["model"]["output"] == MARGIN else -1.0
+    sign = 1.0 if common["output"] == MARGIN else -1.0
     outputs = {name: sign * _averaged([_of_set(table, name) for table in tables], section.seeds) for name in QUERY_SETS}
     return Retrained(masks=masks_SN, outputs=outputs)
 
@@ -120,7 +123,7 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
     """
     spec, store = RunSpec.model_validate(run), FeatureStore.open(store_url)
     section, (subset, seed) = section_of(spec), place
-    artifact = RetrainedArtifact.open(store.storage, section.name, _name(place))
+    artifact = RetrainedArtifact.open(_kept_in(spec), section.name, _name(place))
     if artifact.is_complete():
         return
     if artifact.settings != plain(_of_place(_settings(spec, store), place)):
@@ -129,7 +132,10 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
         )
     began = time.monotonic()
     examples = examples_at(store.open_set("train"), np.flatnonzero(_masks(spec, store, [subset])[0]).tolist())
-    adapter = make_adapter(spec)
+    asked = _asked(spec, store)
+    # That of the features needs no mention, which some adapters do not take.
+    output = spec.model.output if asked == store.contract["model"]["output"] else asked
+    adapter = make_adapter(spec.model_copy(update={"model": spec.model.model_copy(update={"output": output})}))
     trainer = resolve_trainer(spec.training.trainer, spec.training.options)
     drawn = derive_key(spec.run.seed, "lds", f"training {subset} {seed}") % 2**63
     model = trainer(adapter, examples, seed=drawn, device=resolve_device(spec))
@@ -169,9 +175,25 @@ def _settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
         "share": section.share,
         **trainer_settings(spec.training.trainer, spec.training.options),
         "run_seed": spec.run.seed,
-        "train": store.describe("train"),
-        **{name: store.describe(name) for name in QUERY_SETS},
+        "output": _asked(spec, store),
+        **{name: _examples_of(store, name) for name in ("train", *QUERY_SETS)},
     }
+
+
+def _examples_of(store: FeatureStore, name: str) -> dict[str, Any]:
+    """What tells the examples of a set: whose features they are does not matter."""
+    return {"data": store.open_set(name).info.data_hash, "valid": content_hash(valid_rows_of(store, name).tolist())}
+
+
+def _asked(spec: RunSpec, store: FeatureStore) -> str:
+    """The output function of which retrained models are asked."""
+    features_of = str(store.contract["model"]["output"])
+    return section_of(spec).output or (_ERROR if spec.model.adapter == "diffusion" else features_of)
+
+
+def _kept_in(spec: RunSpec) -> Storage:
+    """Where retrained models are kept."""
+    return open_storage(section_of(spec).store or spec.run.store)
 
 
 def _of_place(common: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
