@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstore.cli.application import Json, Quiet, Run, app, draw
+from gradstore.cli.application import Json, Quiet, Run, Store, app, draw
 from gradstore.cli.runs import Scheduler, run_stages
 
 if TYPE_CHECKING:
@@ -61,6 +61,20 @@ def recall(
     from gradstore.stages.evaluate import evaluate_recall
 
     _evaluate(context, run, scheduler, evaluate_recall, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def plots(
+    store: Store,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder that pictures are written to.")] = Path(
+        "plots"
+    ),
+) -> None:
+    """Draw what a store holds, as PNG files: weights along the model, LDS by group, LDS against k and noise."""
+    from gradstore.stages.plots import plots as stage
+
+    for file in stage(store, output):
+        typer.echo(str(file))
 
 
 def _evaluate(

@@ -149,6 +149,8 @@ class ReportData:
         Every weighting beside no weights, in every measure that both have; empty where none was learned.
     notes
         What the figures do not show, a sentence each.
+    pictures
+        (what it shows, PNG) of each picture of what was measured by retraining.
     """
 
     name: str
@@ -161,6 +163,7 @@ class ReportData:
     tail_patch: Sequence[TailPatchRow] = ()
     comparisons: Sequence[Comparison] = ()
     notes: Sequence[str] = ()
+    pictures: Sequence[tuple[str, bytes]] = ()
 
     def __post_init__(self) -> None:
         num_groups = len(self.groups)

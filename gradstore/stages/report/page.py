@@ -7,6 +7,7 @@ script and style: what a corpus smuggles in cannot run, even if an escape were f
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -117,6 +118,7 @@ def render_page(data: ReportData) -> str:
             intervals=intervals,
             zero=zero,
             findings=[(comparison.verdict, sentence(comparison)) for comparison in data.comparisons],
+            pictures=[(text, b64encode(png).decode()) for text, png in data.pictures],
             patched=_range([row.queries for row in data.tail_patch]),
             style=style,
             script=script,

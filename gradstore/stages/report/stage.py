@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyarrow import compute
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.output import replacing
+from gradstore.stages.plots import pictures_of
 from gradstore.stages.report.comparison import compare
 from gradstore.stages.report.data import (
     Group,
@@ -136,7 +138,15 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
         tail_patch=tail_patch,
         comparisons=compare(summaries, seed=store.run["run"]["seed"]),
         notes=notes,
+        pictures=_pictures(store),
     )
+
+
+def _pictures(store: FeatureStore) -> list[tuple[str, bytes]]:
+    """Pictures of LDS, where it was measured and matplotlib is there; the page draws weights itself."""
+    if find_spec("matplotlib") is None:
+        return []
+    return [(picture.text, picture.png) for picture in pictures_of(store) if picture.name.startswith("lds")]
 
 
 def _title(row: Mapping[str, Any]) -> str:
