@@ -1,4 +1,4 @@
-"""Runs a study - train, attribute, evaluate - and writes its tables: ``python pipelines/study.py pipelines/classification``.
+"""Runs a study - train, attribute, evaluate - and writes its tables: ``python pipelines/study.py pipelines/classification``; with ``--pages`` its pages alone are written again.
 
 A folder's study.toml lists tables, and of each the rows: a label and a run.toml. What is done already is kept, so that a study
 that was stopped goes on where it was. Beside study.toml are written results.md, and results.json with all that the commands
@@ -18,24 +18,44 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
+from scipy.stats import rankdata
 
 from gradstore.spec import read_spec
-from gradstore.store.artifacts import EvaluationArtifact, list_artifacts
+from gradstore.store.artifacts import EvaluationArtifact, RetrainedArtifact, list_artifacts
 from gradstore.store.features import FeatureStore
 
 Told = Mapping[str, Any]
 _HUNDRED = 100
+PACKED = {"compression": "zstd", "compression_level": 19}
 INTRODUCTION = """The tables of arXiv 2506.05647 in small, on models that are trained in seconds: `make tables` makes them again, in some hours on two
 cores. Numbers compare methods with each other, not with the paper's, whose models and data are larger. *w/o w* is without weights, *w* with
 learned ones; where there was a choice, kernel, k and weight decay are those of the highest LDS of the learn queries, for either
 column. The difference is paired. Values of every query lie beside each study in pipelines/."""
 
 
-def main(folder: Path) -> None:
-    """Run what is missing of a study, and write its tables."""
+def main(folder: Path, *, anew: bool = True) -> None:
+    """Run what is missing of a study, and write its tables; or write them again from results.json alone."""
     study = tomllib.loads((folder / "study.toml").read_text(encoding="utf-8"))
+    results = folder / "results.json"
+    if anew:
+        made = {
+            "date": datetime.now(tz=UTC).date().isoformat(),
+            "commit": output("git", "rev-parse", "--short", "HEAD"),
+            "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        }
+        found = run(folder, study)
+        results.write_text(json.dumps({**made, "runs": found}, indent=1) + "\n", encoding="utf-8")
+        write_values(folder)
+    told = json.loads(results.read_text(encoding="utf-8"))
+    (folder / "results.md").write_text("\n".join(page(folder, study, told)) + "\n", encoding="utf-8")
+    write_pages(folder.parent)
+
+
+def run(folder: Path, study: Told) -> dict[str, dict[str, Told]]:
+    """By run and measure, what the commands tell."""
     if "prepare" in study:
         subprocess.run([sys.executable, folder / study["prepare"]], check=True)
     found: dict[str, dict[str, Told]] = {}
@@ -49,15 +69,7 @@ def main(folder: Path) -> None:
             if table["measure"] not in measures:
                 told = json.loads(gradstore(folder, "evaluate", table["measure"], row["run"], "--json"))
                 measures[table["measure"]] = {key: value for key, value in told.items() if key != "store"}
-    made = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    }
-    (folder / "results.json").write_text(json.dumps({**made, "runs": found}, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text("\n".join(page(study, found, made)) + "\n", encoding="utf-8")
-    write_pages(folder.parent)
-    parquet.write_table(values(folder, found), folder / "values.parquet", compression="zstd")
+    return found
 
 
 def write_pages(pipelines: Path) -> None:
@@ -85,15 +97,23 @@ def gradstore(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def page(study: Told, found: Mapping[str, Mapping[str, Told]], made: Mapping[str, str]) -> Iterator[str]:
+def page(folder: Path, study: Told, results: Told) -> Iterator[str]:
     """Lines of markdown: the tables, with what they were made by."""
-    yield f"{made['date']}, commit {made['commit']}, {made['machine']}, seed {study['seed']}. 95 % intervals; LDS and AUC times 100."
+    found = results["runs"]
+    yield (
+        f"{results['date']}, commit {results['commit']}, {results['machine']}, seed {study['seed']}. 95 % intervals; LDS and AUC "
+        "times 100."
+    )
     for table in study["tables"]:
         yield from ("", f"### {table['name']}", "", "| | w/o w | w | difference |", "|---|---|---|---|")
+        firsts: dict[str, Told] = {}
         for row in table["rows"]:
             told = found[row["run"]][table["measure"]]
+            firsts.setdefault(read_spec(folder / row["run"]).run.store, {**row, "told": told})
             yield from rows_of(row["label"], told, table.get("of"))
-        yield from baselines_of(found[table["rows"][0]["run"]][table["measure"]], table.get("of"))
+        for row in firsts.values():
+            of = f"{row['label'].partition(',')[0]}, " if len(firsts) > 1 else ""
+            yield from baselines_of(of, row["told"], table.get("of"))
     if findings := study.get("findings"):
         yield from ("", findings.strip())
 
@@ -114,12 +134,12 @@ def rows_of(label: str, told: Told, of: str | None) -> Iterator[str]:
             yield line(label, without, weighted, weighted["difference"], factor_of(told))
 
 
-def baselines_of(told: Told, of: str | None) -> Iterator[str]:
+def baselines_of(label: str, told: Told, of: str | None) -> Iterator[str]:
     """What stands beside."""
     for row in told["methods"]:
         measure = of or next(iter(row["measures"]))
         if row["kernel"] is None and measure in row["measures"]:
-            yield f"| {row['method']} | {interval(row['measures'][measure], factor_of(told))} | | |"
+            yield f"| {label}{row['method']} | {interval(row['measures'][measure], factor_of(told))} | | |"
 
 
 def line(label: str, without: Told, weighted: Told, difference: Told, factor: float) -> str:
@@ -139,30 +159,54 @@ def factor_of(told: Told) -> float:
     return 1 if told["measure"] == "tail_patch" else _HUNDRED
 
 
-def values(folder: Path, found: Mapping[str, Mapping[str, Told]]) -> pa.Table:
-    """Values of every query by all methods of all runs: what means and intervals are computed of."""
-    tables = []
-    stores = {read_spec(folder / run).run.store for run in found}
-    for url in sorted(stores):
+def write_values(folder: Path) -> None:
+    """Write what means and intervals are computed of: values of every query by all methods of all runs, and what they come from.
+
+    values.parquet has a row for each store, evaluation, query (or example), group and measure; of LDS also ``ranks``, those that
+    the sums of scores give the subsets. outputs.parquet has what retrained models output: name, subset, seed, set, query, output.
+    """
+    study = tomllib.loads((folder / "study.toml").read_text(encoding="utf-8"))
+    runs = {row["run"] for table in study["tables"] for row in table["rows"]}
+    measured: list[pa.Table] = []
+    outputs: list[pa.Table] = []
+    for url in sorted({read_spec(folder / run).run.store for run in runs}):
         store = FeatureStore.open(url)
         for artifact in list_artifacts(store.storage):
-            if artifact.kind != "evaluation":
-                continue
-            table = EvaluationArtifact.open(store.storage, *artifact.name.split("/")).read()
-            names = [name for name in table.column_names if name not in ("query", "example", "group", "predicted")]
-            for name in names:
-                rows = {
-                    "store": pa.array([Path(url).name] * len(table)),
-                    "evaluation": pa.array([artifact.name] * len(table)),
-                    "row": table.column("query" if "query" in table.column_names else "example").cast(pa.int64()),
-                    "group": table.column("group")
-                    if "group" in table.column_names
-                    else pa.nulls(len(table), pa.string()),
-                    "measure": pa.array([name] * len(table)),
-                    "value": table.column(name).cast(pa.float64()).cast(pa.float32()),
-                }
-                tables.append(pa.table(rows))
-    return pa.concat_tables(tables)
+            names, of = artifact.name.split("/"), {"store": Path(url).name}
+            if artifact.kind == "evaluation":
+                measured += evaluation_tables(EvaluationArtifact.open(store.storage, *names).read(), names, of)
+            elif artifact.kind == "retrained":
+                subset, seed = map(int, names[1].split("."))
+                table = RetrainedArtifact.open(store.storage, *names).read()
+                outputs.append(with_columns(table, {**of, "name": names[0], "subset": subset, "seed": seed}))
+    parquet.write_table(pa.concat_tables(measured, promote_options="default"), folder / "values.parquet", **PACKED)
+    if outputs:
+        parquet.write_table(pa.concat_tables(outputs), folder / "outputs.parquet", **PACKED)
+
+
+def evaluation_tables(table: pa.Table, names: list[str], of: Mapping[str, str]) -> Iterator[pa.Table]:
+    """Values of one evaluation, in single precision; ranks of subsets only of what is reported."""
+    row = "query" if "query" in table.column_names else "example"
+    is_reported = "group" not in table.column_names and not names[0].endswith(".learn")
+    for measure in table.column_names:
+        if measure in ("query", "example", "group", "predicted"):
+            continue
+        found = pa.table(
+            {"row": table[row].cast(pa.int64()), "value": table[measure].cast(pa.float64()).cast(pa.float32())}
+        )
+        if "group" in table.column_names:
+            found = found.append_column("group", table["group"])
+        if "predicted" in table.column_names and is_reported:
+            ranks = rankdata(np.array(table["predicted"].to_pylist()), axis=1)
+            found = found.append_column("ranks", pa.array([*ranks.astype(np.float32)], pa.list_(pa.float32())))
+        yield with_columns(found, {**of, "evaluation": "/".join(names), "measure": measure})
+
+
+def with_columns(table: pa.Table, constants: Mapping[str, str | int]) -> pa.Table:
+    """A table with columns of one value each before its own."""
+    for place, (name, value) in enumerate(constants.items()):
+        table = table.add_column(place, name, pa.array([value] * len(table)))
+    return table
 
 
 def output(*command: str) -> str:
@@ -179,4 +223,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), anew="--pages" not in sys.argv)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import spearmanr
 
 from gradstore.cluster import Task
-from gradstore.errors import ContractError, SpecError
+from gradstore.errors import ContractError, NotReadyError, SpecError
 from gradstore.numerics.metrics import subset_mask
 from gradstore.spec import RunSpec, read_spec
 from gradstore.stages.contribute import contribute
@@ -19,7 +20,10 @@ from gradstore.stages.evaluate import evaluate_lds
 from gradstore.stages.featurize import featurize
 from gradstore.stages.kernel import build_kernel
 from gradstore.stages.learn import learn
+from gradstore.stages.plots import plots
 from gradstore.stages.progress import Progress
+from gradstore.stages.report import report
+from gradstore.stages.score import score
 from gradstore.stages.train import train_model
 from gradstore.store.artifacts import (
     ContributionArtifact,
@@ -29,7 +33,7 @@ from gradstore.store.artifacts import (
 )
 from gradstore.store.features import FeatureStore
 from tests.digits import write_digits
-from tests.runs import InThisProcess
+from tests.runs import InThisProcess, make_run
 
 QUIET = Progress(quiet=True)
 ENGINE: Any = InThisProcess()
@@ -46,6 +50,7 @@ def spec_of(folder: Path, features: dict[str, Any] | None = None, place: str = "
         "data.eval": {"rows": QUERIES},
         "kernel": {"damping": [*DAMPINGS.values()]},
         "learn": {"k": [1, 5], "epochs": 2, "learning_rate": 0.3},
+        "score.tail_patch": {"queries": 0},
         "training": {"options": {"epochs": 20, "learning_rate": 0.02, "batch": 20}},
         "evaluate.lds": {"subsets": SUBSETS, "seeds": 2, "choose": "learn", **lds},
     }
@@ -190,3 +195,38 @@ def test_retrained_models_may_be_asked_for_another_output_than_features_are_of(f
     # The same model, whose loss is log(1 + e^-m).
     expected = np.log1p(np.exp(-np.array(margins["output"])))
     assert np.array(losses["output"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_what_was_measured_is_drawn_and_stands_on_the_report_page(folder: Path, tmp_path: Path) -> None:
+    evaluate_lds(spec_of(folder), ENGINE, QUIET)
+    score(spec_of(folder), ENGINE, QUIET)
+    lds, store = f"lds-half-{SUBSETS}x2", str(folder / "store")
+
+    files = plots(store, tmp_path / "plots")
+
+    # Beside them may stand those of margins, of another test.
+    assert {file.name for file in files if "margins" not in file.name} == {
+        "weights.png",
+        *(f"lds-by-group-{lds}-{kernel}.png" for kernel in DAMPINGS),
+        *(f"lds-by-k-{lds}-learn-{kernel.replace('block', 'learned')}.png" for kernel in DAMPINGS),
+    }
+    for file in files:
+        with Image.open(file) as image:
+            # Axes, two colours of lines or bars, and their blends: an empty figure has but black and white.
+            pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+        assert len(np.unique(pixels[np.ptp(pixels, axis=1) > 60], axis=0)) > 5
+    _, page = report(store, tmp_path / "report.html", "block_0p1")
+    text = page.read_text(encoding="utf-8")
+    assert text.count('src="data:image/png;base64,') == len(files) - 1
+    assert "img-src data:;" in text
+
+
+def test_a_store_of_nothing_to_draw_and_a_place_that_is_no_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match=r"--output: .*file is no folder"):
+        plots(str(folder / "store"), tmp_path / "file")
+    empty = read_spec(make_run(tmp_path, str(tmp_path / "store")))
+    featurize(empty, ENGINE, QUIET)
+    with pytest.raises(NotReadyError, match=r"holds neither weights nor LDS to draw\. Run `gradstore learn`"):
+        plots(empty.run.store, tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()
