@@ -11,7 +11,16 @@ from gradstore.adapters.causal_lm import CausalLM
 from gradstore.adapters.diffusion import Diffusion
 from gradstore.adapters.image_classifier import ImageClassifier
 from gradstore.adapters.models.precision import resolve_precision
-from gradstore.adapters.protocol import Adapter, Examples, Facts, QueryReader, SourceFacts, TakesQueries, WithResiduals
+from gradstore.adapters.protocol import (
+    Adapter,
+    DeclaresShape,
+    Examples,
+    Facts,
+    QueryReader,
+    SourceFacts,
+    TakesQueries,
+    WithResiduals,
+)
 from gradstore.adapters.synthetic import Synthetic
 from gradstore.spec import DataSection, ModelSection
 
@@ -25,6 +34,7 @@ ADAPTERS: dict[str, Callable[[ModelSection, DataSection, int], Adapter]] = {
 __all__ = [
     "ADAPTERS",
     "Adapter",
+    "DeclaresShape",
     "Examples",
     "Facts",
     "QueryReader",

@@ -11,7 +11,7 @@ from gradstore.adapters.causal_lm import NO_ARCHITECTURE
 from gradstore.adapters.images.classes import Classes
 from gradstore.adapters.images.mislabelling import mislabelled
 from gradstore.adapters.images.pixels import COLOUR, GRAY, Preparation, resolve_preparation
-from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, split_images
+from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, blank_image, split_images
 from gradstore.adapters.models.modules import KeptInAFile, fill, is_function, make_module
 from gradstore.adapters.models.pretrained import explained, find_source, refuse_unfilled
 from gradstore.adapters.protocol import Examples
@@ -78,7 +78,7 @@ class ImageClassifier(KeptInAFile):
             raise SpecError(
                 f"model.output: found {self.model.output!r}; accepted: {CROSS_ENTROPY} (default), {MARGIN}."
             )
-        for key in ("peft", "gguf_file", "config"):
+        for key in ("peft", "gguf_file", *(["config"] if is_function(self.model.source) else [])):
             if getattr(self.model, key) is not None:
                 raise SpecError(f"model.{key}: image_classifier has no such key.")
         if self._options().arguments and not is_function(self.model.source):
@@ -200,6 +200,10 @@ class ImageClassifier(KeptInAFile):
     def longest(self, split: str) -> None:
         """Return None: the images tell."""
 
+    def blank(self) -> Example | None:
+        """Return a black image, where size and channels are declared."""
+        return blank_image(self._preparation())
+
     @property
     def _output(self) -> str:
         return self.model.output or CROSS_ENTROPY
@@ -258,7 +262,7 @@ class ImageClassifier(KeptInAFile):
         import torch
         from transformers import AutoModelForImageClassification
 
-        config = self._config()
+        config = self._config(shape_only=shape_only)
         with self._explained(), torch.device("meta" if shape_only else "cpu"):
             module: nn.Module = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
         return module
@@ -288,9 +292,13 @@ class ImageClassifier(KeptInAFile):
         loaded: nn.Module = module
         return loaded
 
-    def _config(self) -> PretrainedConfig:
+    def _config(self, *, shape_only: bool = False) -> PretrainedConfig:
+        """The configuration; where the shape alone is asked for that of run.toml, if it names one."""
         from transformers import AutoConfig
 
+        if shape_only and self.model.config is not None:
+            with explained(f"model.config: {self.model.config!r}", role="an image classifier", holds=_HOLDS):
+                return AutoConfig.from_pretrained(self.model.config, trust_remote_code=False)
         with self._explained():
             return AutoConfig.from_pretrained(self._source(), **self._revision())
 

@@ -50,6 +50,15 @@ class Adapter(Protocol):
 
 
 @runtime_checkable
+class DeclaresShape(Protocol):
+    """An adapter that may know the shape of its examples before any is read."""
+
+    def blank(self) -> Example | None:
+        """Return an example of that shape with nothing on it; None where only the data tells."""
+        ...
+
+
+@runtime_checkable
 class WithResiduals(Protocol):
     """An adapter of which an output function needs, beside the gradient, how wrong the model is about an example."""
 

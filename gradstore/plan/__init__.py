@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from gradstore.adapters import Adapter
+from gradstore.adapters import Adapter, DeclaresShape
 from gradstore.errors import ResourceError, SpecError
 from gradstore.groups import ParameterGroup, Partition
 from gradstore.plan.combinations import refuse_combinations
@@ -138,7 +138,8 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     adapter = make_adapter(spec)
     projection, kernel = resolve_projection(spec), resolve_kernel(spec)
     refuse_combinations(spec, spec.model.output)
-    shapes = None if splits is not None else _declared(spec, adapter)
+    blank = adapter.blank() if splits is None and isinstance(adapter, DeclaresShape) else None
+    shapes = None if splits is not None else _declared(spec, adapter, blank)
     if shapes is None:
         splits = adapter.examples().splits if splits is None else splits
         shapes = {name: (len(rows), max(example.size for example in rows)) for name, rows in splits.items()}
@@ -147,7 +148,8 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
             f"learn.k: found {max(spec.learn.ks)}; accepted: at most the {shapes['train'][0]:,} rows of data.train."
         )
     text = adapter.longest("train") is not None
-    model = model_shape(adapter, adapter.load("meta"), spec, None if text or splits is None else splits["train"][0])
+    example = None if text else blank if splits is None else splits["train"][0]
+    model = model_shape(adapter, adapter.load("meta"), spec, example)
     widths = Widths.of(projection, model.partition.groups)
     groups = zip(model.partition.groups, widths.sides, strict=True)
     refuse_without_factors(spec, kernel, [group.name for group, sides in groups if not sides])
@@ -156,7 +158,8 @@ def make_plan(spec: RunSpec, splits: Splits | None = None) -> Plan:
     sets = {name: sizes.set_plan(name, *shapes[name]) for name in spec.data.splits()}
     memory = TaskMemory(spec, model, widths)
     # Lengths are declared of texts, and of synthetic examples, which have none.
-    texts = spec.model.adapter != "synthetic" if splits is None else any(example.text for example in splits["eval"])
+    of_words = spec.model.adapter != "synthetic" and blank is None
+    texts = of_words if splits is None else any(example.text for example in splits["eval"])
     stages = stage_plans(spec, widths, sets, memory, spectra=kernel.needs_spectra, texts=texts)
     cut = plan_contribute(spec, widths, sets)
     plan = Plan(
@@ -189,11 +192,11 @@ def _kernel_notes(spec: RunSpec, kernel: Kernel, widths: Widths, sets: Mapping[s
     return full_notes(spec, widths, sets["train"].rows)
 
 
-def _declared(spec: RunSpec, adapter: Adapter) -> dict[str, tuple[int, int]] | None:
-    """(rows, tokens of the longest example) of every split where run.toml tells both of all."""
+def _declared(spec: RunSpec, adapter: Adapter, blank: Example | None) -> dict[str, tuple[int, int]] | None:
+    """(rows, tokens of the longest example) of every split where run.toml tells both of all, or a blank one their size."""
     found = {}
     for name, section in spec.data.splits().items():
-        longest = adapter.longest(name)
+        longest = adapter.longest(name) if blank is None else blank.size
         if section.rows is None or longest is None:
             return None
         found[name] = (section.rows, longest)

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=128,
-        n_embd=96,
+        n_embd=64,
         n_layer=4,
         n_head=4,
         bos_token_id=0,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from gradstore.adapters.diffusion.calling import predict_noise
 from gradstore.adapters.diffusion.diffusers_models import SavedUnet
 from gradstore.adapters.diffusion.options import DiffusionOptions
 from gradstore.adapters.diffusion.sampler import Sampling, resolve_sampling
@@ -17,7 +18,7 @@ from gradstore.adapters.diffusion.schedule import Copies, Schedule, evenly_space
 from gradstore.adapters.diffusion.splits import LAST, PATH, TIMES, Wanted, refuse_equal_samples, sampled_split, sized
 from gradstore.adapters.diffusion.training import classes_of, denoising_losses
 from gradstore.adapters.images.classes import Classes
-from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, split_images
+from gradstore.adapters.images.splits import CLASS, IMAGE, Labelled, blank_image, split_images
 from gradstore.adapters.models.lora import lora_identity, wrap_in_lora
 from gradstore.adapters.models.modules import KeptInAFile, fill, is_function, make_module
 from gradstore.adapters.protocol import Examples
@@ -63,7 +64,7 @@ class Diffusion(KeptInAFile):
             raise SpecError(
                 f"model.output: found {self.model.output!r}; accepted: {SIMPLE} (default), {', '.join(OUTPUT_NAMES[1:])}."
             )
-        for key in ("gguf_file", "config"):
+        for key in ("gguf_file", *(["config"] if is_function(self.model.source) else [])):
             if getattr(self.model, key) is not None:
                 raise SpecError(f"model.{key}: diffusion has no such key.")
         options = self._options
@@ -173,6 +174,11 @@ class Diffusion(KeptInAFile):
     def longest(self, split: str) -> None:
         """Return None: the images tell."""
 
+    def blank(self) -> Example | None:
+        """Return a black image in its copies, where size and channels are declared."""
+        found = blank_image(self._options.preparation())
+        return None if found is None else self._sized(found)
+
     @property
     def _output(self) -> str:
         return self.model.output or SIMPLE
@@ -186,7 +192,7 @@ class Diffusion(KeptInAFile):
         """The model of diffusers that run.toml names, None of a function."""
         if is_function(self.model.source):
             return None
-        return SavedUnet(source=self.model.source, revision=self.model.revision)
+        return SavedUnet(source=self.model.source, revision=self.model.revision, config=self.model.config)
 
     @cached_property
     def _schedule(self) -> Schedule:
@@ -220,7 +226,14 @@ class Diffusion(KeptInAFile):
         return found
 
     def _sized(self, example: Example) -> Example:
-        return sized(example, len(self._places(example.inputs[TIMES]) if TIMES in example.inputs else self._copies))
+        return sized(example, self._num_copies(example))
+
+    def _num_copies(self, example: Example) -> int:
+        """In how many copies an example is seen, or in how many images of its trajectory."""
+        if TIMES in example.inputs:
+            return len(self._places(example.inputs[TIMES]))
+        listed = self._options.timesteps
+        return (listed if isinstance(listed, int) else len(listed)) * self._options.noises
 
     def _places(self, passed: np.ndarray) -> np.ndarray:
         """Where in a trajectory the timesteps are that model.options lists: everywhere unless it does."""
@@ -272,11 +285,16 @@ class Diffusion(KeptInAFile):
 
         parameter = next(model.parameters())
         made = PATH in examples[0].inputs
+        if parameter.is_meta:
+            # Shapes alone, which tell how much is alive at once, and for which no schedule is asked of a hub.
+            shape, copies = (
+                examples[0].inputs[LAST if made else IMAGE].shape,
+                self._counted(self._num_copies(examples[0])),
+            )
+            blank = parameter.new_zeros((len(examples), copies, *shape))
+            return blank, blank, np.zeros(copies, np.int64)
         places = self._places(examples[0].inputs[TIMES]) if made else np.arange(len(self._copies))
         times = (examples[0].inputs[TIMES] if made else self._copies.times)[places]
-        if parameter.is_meta:
-            # Shapes alone, which tell how much is alive at once.
-            times = times[: self._counted(len(times))]
 
         def stacked(name: str) -> Tensor:
             return torch.from_numpy(np.stack([example.inputs[name] for example in examples])).to(parameter)
@@ -286,9 +304,9 @@ class Diffusion(KeptInAFile):
         levels = self._schedule.levels[times].reshape(-1, 1, 1, 1)
         kept, added = (torch.from_numpy(np.sqrt(share)).to(parameter) for share in (levels, 1 - levels))
         if made:
-            noisy = stacked(PATH)[:, places[: len(times)].tolist()]
+            noisy = stacked(PATH)[:, places.tolist()]
             return noisy, (noisy - kept * images[:, None]) / added, times
-        drawn = torch.from_numpy(self._copies.noise(tuple(images.shape[1:]))[: len(times)].copy()).to(parameter)
+        drawn = torch.from_numpy(self._copies.noise(tuple(images.shape[1:])).copy()).to(parameter)
         noise = drawn.expand(len(examples), *drawn.shape)
         return kept * images[:, None] + added * noise, noise, times
 
@@ -323,31 +341,9 @@ class Diffusion(KeptInAFile):
 
     def _call(self, model: nn.Module, noisy: Tensor, times: np.ndarray, classes: np.ndarray | None) -> Tensor:
         """The predicted noise of images [n, C, H, W] at timesteps [n], of classes [n]."""
-        import torch
-
-        given = {}
-        if (argument := self._argument) is not None:
-            given[argument] = torch.from_numpy(np.asarray(classes, np.int64)).to(noisy.device)
-        try:
-            predicted = model(noisy, torch.from_numpy(times).to(noisy.device), **given)
-        except torch.OutOfMemoryError:
-            raise
-        # What a module says of what it cannot take.
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            of_class = "" if classes is None else f" and classes up to {classes.max()}"
-            raise SpecError(
-                f"model.source: {self.model.source} cannot be run on images of {list(noisy.shape[1:])} [channels, height, "
-                f"width] at timesteps up to {times.max():,}{of_class}: {error}. Set model.options.channels, size, steps and "
-                "class_argument to what it takes."
-            ) from error
-        predicted = getattr(predicted, "sample", predicted)
-        if not isinstance(predicted, torch.Tensor) or predicted.shape != noisy.shape:
-            found = list(predicted.shape) if isinstance(predicted, torch.Tensor) else type(predicted).__name__
-            raise SpecError(
-                f"model.source: {self.model.source} returns {found} for images of {list(noisy.shape)}; it must return the "
-                "noise in them, of their shape, or an object whose sample that is."
-            )
-        return predicted
+        return predict_noise(
+            model, self.model.source, noisy, times, {} if self._argument is None else {self._argument: classes}
+        )
 
     def _refuse_what_the_model_cannot_take(self, found: Examples) -> None:
         """Run the model once, with whatever weights, on the image of the last class at the last timestep."""

@@ -40,10 +40,13 @@ class SavedUnet:
         The folder or hub id, as run.toml names it.
     revision
         Of the hub; None for its main branch.
+    config
+        A file with the UNet's configuration, which is read in the place of the saved one: for plans of models that are far away.
     """
 
     source: str
     revision: str | None
+    config: str | None = None
 
     def load(self, *, shape_only: bool, filled: bool = True) -> nn.Module:
         """Return the UNet in float32: on ``meta`` where only its shape is asked for, and without weights unless filled.
@@ -135,9 +138,11 @@ class SavedUnet:
                 f"model.source: {self.source!r} is no function (package.module:function); a model of diffusers needs: "
                 "pip install 'gradstore[diffusion]'."
             ) from error
-        source = self._found()
+        where = {"subfolder": "unet"}
         with self._explained():
-            where = {"subfolder": "unet"}
+            if self.config is not None:
+                return UNet2DModel.load_config(self.config), where
+            source = self._found()
             try:
                 config = UNet2DModel.load_config(source, **where, **self._revision())
             except OSError:

@@ -194,9 +194,31 @@ class _Source:
             label=label,
             text=entry.text,
             content_hash=hash_inputs(inputs),
-            size=max(1, pixels.shape[1] * pixels.shape[2] // PIXELS_PER_TOKEN),
+            size=_tokens(pixels),
             inputs=inputs,
         )
+
+
+def blank_image(preparation: Preparation) -> Example | None:
+    """A black image of the first class of the shape that all images are brought to; None where they keep their own."""
+    if preparation.size is None or preparation.channels is None:
+        return None
+    pixels = np.zeros((preparation.channels, *preparation.size), np.uint8)
+    inputs: dict[str, np.ndarray] = {IMAGE: pixels, CLASS: np.array(0, np.int64)}
+    return Example(
+        example_id="",
+        source="",
+        label=None,
+        text="",
+        content_hash=hash_inputs(inputs),
+        size=_tokens(pixels),
+        inputs=inputs,
+    )
+
+
+def _tokens(pixels: np.ndarray) -> int:
+    _, height, width = pixels.shape
+    return max(1, int(height * width) // PIXELS_PER_TOKEN)
 
 
 def _refuse_different_reading(data: DataSection, names: Sequence[str]) -> None:

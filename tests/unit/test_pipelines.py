@@ -1,0 +1,58 @@
+"""The studies of pipelines/: every run.toml is one, and those of full size are planned without weights and data."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gradstore.plan import make_plan
+from gradstore.spec import read_spec
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+RUNS = sorted(PIPELINES.glob("*/*.toml"))
+# By folder: groups, and parameters in millions.
+FULL_SIZE = {
+    "artbench2-ddpm": (134, 71.4),
+    "cifar2-ddpm": (113, 35.7),
+    "imagenet-resnet18": (41, 11.7),
+    "imagenet-vit-b16": (99, 86.6),
+    "openwebtext-llama3-8b": (224, 8030.0),
+    "wikitext103-gpt2": (48, 124.4),
+}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=[f"{path.parent.name}/{path.name}" for path in RUNS])
+def test_what_looks_like_a_run_is_one(path: Path) -> None:
+    if path.name == "study.toml":
+        study = tomllib.loads(path.read_text(encoding="utf-8"))
+        rows = [row for table in study["tables"] for row in table["rows"]]
+        assert {path.with_name(row["run"]) for row in rows} <= {*RUNS}
+    elif "include" in (text := path.read_text(encoding="utf-8")) or "[run]" in text:
+        if path.name not in ("fashion.toml", "cnn.toml", "vit.toml"):
+            read_spec(path)
+    else:
+        # What others include.
+        tomllib.loads(text)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_run_of_full_size_is_planned_from_its_shape_alone(name: str) -> None:
+    groups, millions = FULL_SIZE[name]
+
+    plan = make_plan(read_spec(PIPELINES / name / "run.toml"))
+
+    told = plan.to_json()
+    assert len(plan.partition.groups) == groups
+    assert plan.partition.total_parameters / 1e6 == pytest.approx(millions, rel=0.01)
+    assert {stage["name"] for stage in told["stages"]} >= {"featurize", "contribute", "learn", "score"}
+    json.dumps(told)
+
+
+def test_a_study_that_was_run_has_its_results_in_the_docs() -> None:
+    page = (PIPELINES.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    for results in PIPELINES.glob("*/results.md"):
+        assert results.read_text(encoding="utf-8").strip() in page
+        assert json.loads(results.with_name("results.json").read_text(encoding="utf-8"))["runs"]
