@@ -88,7 +88,9 @@ def gradstore(folder: Path, *arguments: str) -> str:
     words = [str(folder / word) if word.endswith(".toml") else word for word in arguments]
     print("$ gradstore", *words, flush=True)
     program = Path(sys.executable).with_name("gradstore")
-    modules = os.pathsep.join([str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    study = tomllib.loads((folder / "study.toml").read_text(encoding="utf-8"))
+    found = (folder / study.get("modules", ".")).resolve()
+    modules = os.pathsep.join([str(found), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [program, *words], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": modules}, check=False
     )
@@ -110,7 +112,7 @@ def page(folder: Path, study: Told, results: Told) -> Iterator[str]:
         for row in table["rows"]:
             told = found[row["run"]][table["measure"]]
             firsts.setdefault(read_spec(folder / row["run"]).run.store, {**row, "told": told})
-            yield from rows_of(row["label"], told, table.get("of"))
+            yield from rows_of(row, told, table.get("of"))
         for row in firsts.values():
             of = f"{row['label'].partition(',')[0]}, " if len(firsts) > 1 else ""
             yield from baselines_of(of, row["told"], table.get("of"))
@@ -118,20 +120,21 @@ def page(folder: Path, study: Told, results: Told) -> Iterator[str]:
         yield from ("", findings.strip())
 
 
-def rows_of(label: str, told: Told, of: str | None) -> Iterator[str]:
-    """Without and with weights: those that were chosen by other queries where there was a choice."""
+def rows_of(row: Told, told: Told, of: str | None) -> Iterator[str]:
+    """Without and with weights: those that the row names, or that were chosen by other queries where there was a choice."""
     chosen = told.get("chosen")
-    if chosen is not None:
+    if chosen is not None and "weights" not in row:
         without, weighted = chosen["methods"]
-        yield line(label, without, weighted, weighted["difference"], factor_of(told))
+        yield line(row["label"], without, weighted, weighted["difference"], factor_of(told))
         return
-    for kernel in dict.fromkeys(row["kernel"] for row in told["methods"] if row["kernel"]):
-        methods = [row for row in told["methods"] if row["kernel"] == kernel]
+    for kernel in dict.fromkeys(method["kernel"] for method in told["methods"] if method["kernel"]):
+        methods = [method for method in told["methods"] if method["kernel"] == kernel]
         measure = of or next(iter(methods[0]["measures"]))
         without = methods[0]["measures"][measure]
-        for row in methods[1:]:
-            weighted = row["measures"][measure]
-            yield line(label, without, weighted, weighted["difference"], factor_of(told))
+        for method in methods[1:]:
+            if row.get("weights", method["weights"]) == method["weights"]:
+                weighted = method["measures"][measure]
+                yield line(row["label"], without, weighted, weighted["difference"], factor_of(told))
 
 
 def baselines_of(label: str, told: Told, of: str | None) -> Iterator[str]:
