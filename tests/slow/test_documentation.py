@@ -37,6 +37,7 @@ def test_a_block_of_python_runs_beside_the_demo(demo: Path, page: str, code: str
 @pytest.mark.parametrize(("page", "code"), blocks("sh"))
 def test_a_command_that_is_shown_exists(page: str, code: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets |= {f"tables-{study.parent.name}" for study in (ROOT / "pipelines").glob("*/study.toml")}
     for line in filter(None, (text.partition("#")[0].strip() for text in code.splitlines())):
         program, *arguments = line.split()
         if program == "make":
