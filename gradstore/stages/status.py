@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradstore.store.artifacts import ScoresArtifact, list_artifacts, stale_blocks
@@ -45,7 +45,12 @@ def status(store_url: str) -> dict[str, Any]:
                 ("moments", "moments"),
                 ("score_matrices", "score_matrix"),
                 ("sketches", "sketch"),
+                ("embeddings", "embeddings"),
             )
+        },
+        **{
+            key: _together([artifact for artifact in artifacts if artifact.kind == kind])
+            for key, kind in (("retrained", "retrained"), ("patched", "patched"), ("evaluations", "evaluation"))
         },
         "contributions": [
             _contributions(artifact, stale) for artifact in artifacts if artifact.kind == "contributions"
@@ -86,6 +91,15 @@ def _progress(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
         "total": artifact.total,
         "stale": stale.get(artifact.path, {}),
     }
+
+
+def _together(artifacts: Sequence[ArtifactStatus]) -> list[dict[str, Any]]:
+    """Of many small artifacts of one unit, such as retrained models: by the folder that they are in, how many are done."""
+    folders: dict[str, list[bool]] = {}
+    for artifact in artifacts:
+        done = artifact.committed == artifact.total
+        folders.setdefault(artifact.path.rpartition("/")[0], []).append(done)
+    return [{"path": path, "committed": sum(done), "total": len(done)} for path, done in folders.items()]
 
 
 def _contributions(artifact: ArtifactStatus, stale: Stale) -> dict[str, Any]:
@@ -156,9 +170,13 @@ def render_status(found: Mapping[str, Any]) -> RenderableType:
         ("sketches", "parts"),
         ("weights", ""),
         ("scores", ""),
+        ("embeddings", "blocks"),
+        ("retrained", "models"),
+        ("patched", "queries"),
+        ("evaluations", "methods"),
     ):
         for row in found[kind]:
-            what = f"{unit}; stale, see `gradstore prune`" if row["stale"] else unit
+            what = f"{unit}; stale, see `gradstore prune`" if row.get("stale") else unit
             parts.add_row(row["path"], str(row["committed"]), str(row["total"]), what)
     figures = Table("ranking", title="rankings of the eval queries", title_justify="left")
     for column in ("precision@10", "tail-patch %"):

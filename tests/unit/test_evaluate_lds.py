@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from scipy.stats import spearmanr
 
 from gradstore.cluster import Task
@@ -24,6 +27,7 @@ from gradstore.stages.plots import plots
 from gradstore.stages.progress import Progress
 from gradstore.stages.report import report
 from gradstore.stages.score import score
+from gradstore.stages.status import render_status, status
 from gradstore.stages.train import train_model
 from gradstore.store.artifacts import (
     ContributionArtifact,
@@ -135,6 +139,24 @@ def test_methods_and_groups_are_measured_and_what_is_chosen_is_chosen_by_other_q
         lds["eval", *keys[1]].mean() - lds["eval", *keys[0]].mean()
     )
     assert evaluate_lds(spec_of(folder), ENGINE, QUIET) == told
+
+
+def test_status_tells_how_many_models_and_methods_are_done(folder: Path) -> None:
+    evaluate_lds(spec_of(folder), ENGINE, QUIET)
+
+    found = status(str(folder / "store"))
+
+    assert {"path": "retrained/half", "committed": 2 * SUBSETS, "total": 2 * SUBSETS} in found["retrained"]
+    lds = {row["path"]: (row["committed"], row["total"]) for row in found["evaluations"]}
+    # Of two kernels no weights, weights and groups, and the baselines; a candidate may have been chosen.
+    done, total = lds[f"evaluations/lds.half.{SUBSETS}x2"]
+    assert 9 <= done == total <= 10
+    blocks = FeatureStore.open(str(folder / "store")).open_set("train").info.num_blocks
+    embedded = {row["path"]: (row["committed"], row["total"]) for row in found["embeddings"]}
+    assert embedded == {"embeddings/model/eval": (1, 1), "embeddings/model/train": (blocks, blocks)}
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(render_status(found))
+    assert re.search(rf"retrained/half +│ +{2 * SUBSETS} │ +{2 * SUBSETS} │ models", console.export_text())
 
 
 def test_nothing_is_chosen_by_the_queries_that_are_reported(folder: Path) -> None:
