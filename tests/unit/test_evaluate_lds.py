@@ -207,6 +207,18 @@ def test_runs_on_the_same_examples_share_retrained_models(folder: Path) -> None:
     assert found == pytest.approx(correlations(scores, outputs(first, "eval")).mean())
 
 
+def test_models_of_other_examples_are_not_shared(folder: Path, tmp_path: Path) -> None:
+    evaluate_lds(spec_of(folder), ENGINE, QUIET)
+    spec = spec_of(folder, None, "fewer", store=str(folder / "store"))
+    data = spec.data.model_copy(update={"train": spec.data.train.model_copy(update={"rows": TRAIN - 10})})
+    fewer = spec.model_copy(update={"data": data})
+    for stage in (featurize, build_kernel, contribute, learn):
+        stage(fewer, ENGINE, QUIET)
+
+    with pytest.raises(ContractError, match=r"evaluate\.lds\.store: .*was made with other settings:\n(.*\n)+Leave"):
+        evaluate_lds(fewer, ENGINE, QUIET)
+
+
 def test_retrained_models_may_be_asked_for_another_output_than_features_are_of(folder: Path) -> None:
     spec = spec_of(folder, name="margins", output="margin", subsets=2, seeds=1, choose="learn")
     evaluate_lds(spec, ENGINE, QUIET)

@@ -22,8 +22,8 @@ from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import examples_at
 from gradstore.store.artifacts import RetrainedArtifact
-from gradstore.store.backend import Storage, open_storage
 from gradstore.store.codecs import plain
+from gradstore.store.contract import require_equal
 from gradstore.store.examples import Example
 from gradstore.store.features import FeatureStore
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 KEY: Final = "evaluate.lds"
 # Damping and the like are chosen by queries of learn, so that none is by those that are reported.
 QUERY_SETS: Final = ("learn", "eval")
+_SETS: Final = ("train", *QUERY_SETS)
 _BATCH: Final = 64
 # Output function of diffusion models that is a loss.
 _ERROR: Final = "ddpm_simple"
@@ -70,9 +71,9 @@ def retrain(spec: RunSpec, engine: Engine, progress: Progress) -> Retrained:
     resolve_trainer(spec.training.trainer, spec.training.options)
     store = FeatureStore.open(spec.run.store)
     places = [(subset, seed) for subset in range(section.subsets) for seed in range(section.seeds)]
-    common = _settings(spec, store)
+    common, keeper = _settings(spec, store), _keeper(spec, store)
     artifacts = {
-        place: RetrainedArtifact.create(_kept_in(spec), section.name, _name(place), settings=_of_place(common, place))
+        place: RetrainedArtifact.create(keeper.storage, section.name, _name(place), settings=_of_place(common, place))
         for place in places
     }
     masks_SN = _masks(spec, store, range(section.subsets))
@@ -123,7 +124,7 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
     """
     spec, store = RunSpec.model_validate(run), FeatureStore.open(store_url)
     section, (subset, seed) = section_of(spec), place
-    artifact = RetrainedArtifact.open(_kept_in(spec), section.name, _name(place))
+    artifact = RetrainedArtifact.open(_keeper(spec, store).storage, section.name, _name(place))
     if artifact.is_complete():
         return
     if artifact.settings != plain(_of_place(_settings(spec, store), place)):
@@ -176,12 +177,30 @@ def _settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
         **trainer_settings(spec.training.trainer, spec.training.options),
         "run_seed": spec.run.seed,
         "output": _asked(spec, store),
-        **{name: _examples_of(store, name) for name in ("train", *QUERY_SETS)},
+        **{name: _keeper(spec, store).describe(name) for name in _SETS},
     }
 
 
+def _keeper(spec: RunSpec, store: FeatureStore) -> FeatureStore:
+    """The store that keeps retrained models: the run's own, or another one of the same examples, whose features do not matter.
+
+    Raises
+    ------
+    ContractError
+        If the examples of the other store are others.
+    """
+    url = section_of(spec).store
+    if url is None or url == spec.run.store:
+        return store
+    keeper = FeatureStore.open(url)
+    theirs, ours = ({name: _examples_of(each, name) for name in _SETS} for each in (keeper, store))
+    remedy = f"Leave {KEY}.store out: models are then trained for this run."
+    require_equal(f"{KEY}.store: {keeper.storage.url}", theirs, ours, remedy=remedy)
+    return keeper
+
+
 def _examples_of(store: FeatureStore, name: str) -> dict[str, Any]:
-    """What tells the examples of a set: whose features they are does not matter."""
+    """What tells the examples of a set that models are trained on, or asked for."""
     return {"data": store.open_set(name).info.data_hash, "valid": content_hash(valid_rows_of(store, name).tolist())}
 
 
@@ -189,11 +208,6 @@ def _asked(spec: RunSpec, store: FeatureStore) -> str:
     """The output function of which retrained models are asked."""
     features_of = str(store.contract["model"]["output"])
     return section_of(spec).output or (_ERROR if spec.model.adapter == "diffusion" else features_of)
-
-
-def _kept_in(spec: RunSpec) -> Storage:
-    """Where retrained models are kept."""
-    return open_storage(section_of(spec).store or spec.run.store)
 
 
 def _of_place(common: Mapping[str, Any], place: tuple[int, int]) -> dict[str, Any]:
