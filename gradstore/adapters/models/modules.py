@@ -139,7 +139,8 @@ def read_tensors_only(file: str, key: str) -> dict[Any, Any]:
             f"{key}: found {file!r}; accepted: a file of tensors, {SAFETENSORS} or {', '.join(TORCH_SUFFIXES)}."
         )
     if not path.is_file():
-        raise SpecError(f"{key}: {file!r}: there is no such file.")
+        hint = " `gradstore train` writes one, as [training] says." if key == "model.weights" else ""
+        raise SpecError(f"{key}: {file!r}: there is no such file.{hint}")
     try:
         state = (
             load_file(path) if path.suffix == SAFETENSORS else torch.load(path, map_location="cpu", weights_only=True)
