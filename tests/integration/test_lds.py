@@ -136,11 +136,8 @@ def attribute(folder: Path, digits: dict[str, Digits], model: LogisticRegression
             "kernel": {"kind": "block", "damping": 0.1},
             "learn": {"epochs": 1},
             "score.tail_patch": {"queries": 0},
-            "evaluate.lds": {
-                "subsets": RETRAINED,
-                "trainer": "digit_networks:fit",
-                "options": {"strength": 1.0},
-            },
+            "training": {"trainer": "digit_networks:fit", "options": {"strength": 1.0}},
+            "evaluate.lds": {"subsets": RETRAINED},
             "cluster": {"workers": 2, "memory_per_worker": "4GiB", "device": "cpu"},
         },
     )
