@@ -46,16 +46,17 @@ def main(folder: Path, *, anew: bool = True) -> None:
             "commit": output("git", "rev-parse", "--short", "HEAD"),
             "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         }
-        found = run(folder, study)
-        results.write_text(json.dumps({**made, "runs": found}, indent=1) + "\n", encoding="utf-8")
+        # Whoever stops it has what was measured so far.
+        for found in run(folder, study):
+            results.write_text(json.dumps({**made, "runs": found}, indent=1) + "\n", encoding="utf-8")
         write_values(folder)
     told = json.loads(results.read_text(encoding="utf-8"))
     (folder / "results.md").write_text("\n".join(page(folder, study, told)) + "\n", encoding="utf-8")
     write_pages(folder.parent)
 
 
-def run(folder: Path, study: Told) -> dict[str, dict[str, Told]]:
-    """By run and measure, what the commands tell."""
+def run(folder: Path, study: Told) -> Iterator[dict[str, dict[str, Told]]]:
+    """Yield, after every command that measures, what the commands told so far, by run and measure."""
     if "prepare" in study:
         subprocess.run([sys.executable, folder / study["prepare"]], check=True)
     found: dict[str, dict[str, Told]] = {}
@@ -69,7 +70,7 @@ def run(folder: Path, study: Told) -> dict[str, dict[str, Told]]:
             if table["measure"] not in measures:
                 told = json.loads(gradstore(folder, "evaluate", table["measure"], row["run"], "--json"))
                 measures[table["measure"]] = {key: value for key, value in told.items() if key != "store"}
-    return found
+                yield found
 
 
 def write_pages(pipelines: Path) -> None:
@@ -110,7 +111,9 @@ def page(folder: Path, study: Told, results: Told) -> Iterator[str]:
         yield from ("", f"### {table['name']}", "", "| | w/o w | w | difference |", "|---|---|---|---|")
         firsts: dict[str, Told] = {}
         for row in table["rows"]:
-            told = found[row["run"]][table["measure"]]
+            if (told := found.get(row["run"], {}).get(table["measure"])) is None:
+                yield f"| {row['label']} | not measured | | |"
+                continue
             firsts.setdefault(read_spec(folder / row["run"]).run.store, {**row, "told": told})
             yield from rows_of(row, told, table.get("of"))
         for row in firsts.values():
