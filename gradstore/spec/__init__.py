@@ -1,7 +1,8 @@
 """RunSpec: what run.toml says, as frozen values, and the errors for what it may not say.
 
-Paths: ``run.store`` is relative to the working directory, as on the command line; every other relative path is relative
-to the folder of run.toml, so that a pipeline's folder can be copied as a whole.
+Paths: ``run.store`` and ``evaluate.lds.store`` are relative to the working directory, as on the command line; every other relative
+path is relative to the folder of run.toml, so that a pipeline's folder can be copied as a whole, and where nothing is there to
+the working directory too, where what earlier commands made may be.
 """
 
 from gradstore.spec.cluster import ClusterSection

@@ -16,12 +16,15 @@ from gradstore.errors import SpecError, StorageError
 from gradstore.numerics.generator import derive_key
 from gradstore.plan.resolve import make_adapter, resolve_device
 from gradstore.spec import RunSpec
+from gradstore.spec.sections import LONE_MEMBER
 from gradstore.stages.progress import Progress
 from gradstore.store.codecs import plain
 from gradstore.store.contract import require_equal
 from gradstore.store.examples import Example, data_hash
 
 _RECORD: Final = ".training.json"
+# What of an adapter's identity says how a model is looked at, not what it is.
+_SEEN_AS: Final = ("output", "copies")
 _BATCH: Final = 64
 
 
@@ -40,11 +43,13 @@ def train_model(spec: RunSpec, progress: Progress, *, force: bool = False) -> li
         If it cannot be written.
     """
     trainer = resolve_trainer(spec.training.trainer, spec.training.options)
-    places = {member: _place(make_adapter(spec, member), force=force) for member in spec.model.etas}
+    # Members that are one model seen otherwise, as at several timesteps, are trained once.
+    members = {_place(make_adapter(spec, member), force=force): member for member in reversed(spec.model.etas)}
     told = []
-    with progress.stage("train", len(places), "models") as advance:
-        for member, place in places.items():
-            told.append({"member": member, "model": str(place), **_train(spec, member, trainer, place, force=force)})
+    with progress.stage("train", len(members), "models") as advance:
+        for place, member in reversed(members.items()):
+            found = _train(spec, member, trainer, place, force=force)
+            told.append({"member": member, "model": str(place), **found})
             advance(1)
     return told
 
@@ -64,13 +69,16 @@ def _train(spec: RunSpec, member: str, trainer: Trainer, place: Path, *, force: 
     """Train the model of one member, unless it is there."""
     adapter = make_adapter(_anew(spec), member)
     examples = _examples(adapter)
+    own = spec.model.of_member(member)
+    # The name tells apart those that have a place of their own.
+    drawn_by = LONE_MEMBER if (own.weights, own.source) == (spec.model.weights, spec.model.source) else member
     made_from = plain(
         {
             **trainer_settings(spec.training.trainer, spec.training.options),
             "base": spec.training.base,
             "seed": spec.run.seed,
-            "member": member,
-            "model": adapter.identity(),
+            "member": drawn_by,
+            "model": {key: value for key, value in adapter.identity().items() if key not in _SEEN_AS},
             "train": data_hash(examples["train"]),
         }
     )
@@ -80,7 +88,7 @@ def _train(spec: RunSpec, member: str, trainer: Trainer, place: Path, *, force: 
         require_equal(f"The model {place}", stored["made_from"], made_from, remedy=remedy)
         return {**stored["facts"], "kept": True}
     began = time.monotonic()
-    seed, device = derive_key(spec.run.seed, "train", member) % 2**63, resolve_device(spec)
+    seed, device = derive_key(spec.run.seed, "train", drawn_by) % 2**63, resolve_device(spec)
     model = trainer(adapter, examples["train"], seed=seed, device=device)
     facts = {
         "examples": len(examples["train"]),

@@ -71,6 +71,21 @@ def test_every_member_is_trained_by_a_seed_of_its_own(tmp_path: Path, monkeypatc
     assert not (tmp_path / "trained.safetensors").exists()
 
 
+def test_members_of_one_model_and_runs_of_another_output_share_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_model(digits(tmp_path, monkeypatch), QUIET)
+    before = (tmp_path / "trained.safetensors").read_bytes()
+
+    spec = digits(tmp_path, monkeypatch, model={"output": "margin"})
+    members = [{"name": name, "eta": 0.5} for name in ("a", "b")]
+    model = type(spec.model).model_validate({**spec.model.model_dump(), "members": members})
+    told = train_model(spec.model_copy(update={"model": model}), QUIET)
+
+    assert [(row["member"], row["kept"]) for row in told] == [("a", True)]
+    assert (tmp_path / "trained.safetensors").read_bytes() == before
+
+
 def test_a_language_model_is_made_of_a_base_and_written_as_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
