@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from gradstore.errors import SpecError
 from gradstore.spec.section import NAME, Section
+
+
+Baseline = Literal["bm25", "embedding", "cosine", "random"]
 
 
 class StepSection(Section):
@@ -105,12 +108,7 @@ class EvaluateSection(Section):
     Embeddings are hidden states of the run's model, or those of the sentence encoder that ``encoder`` names, a folder or hub id.
     """
 
-    baselines: tuple[Literal["bm25", "embedding", "cosine", "random"], ...] = (
-        "bm25",
-        "embedding",
-        "cosine",
-        "random",
-    )
+    baselines: list[Baseline] = Field(default_factory=lambda: [*get_args(Baseline)])
     encoder: str | None = Field(default=None, min_length=1)
 
     recall: RecallSection | None = None

@@ -78,7 +78,7 @@ def test_many_queries_are_answered_as_each_alone(session: Session, monkeypatch: 
     records = [{"text": TEXT}, {"prompt": "striker goal", "completion": " club season"}, {"text": "song band album"}]
     together = session.query_all(records, k=3)
     # Two of them to a reading.
-    monkeypatch.setattr("gradstore.stages.query.session._QUERY_BYTES", 2 * session._query_bytes(None))
+    monkeypatch.setattr("gradstore.stages.query.session.QUERY_BYTES", 2 * session._query_bytes(None))
     apart = session.query_all(records, k=3)
 
     alone = [session.query(record=record, k=3) for record in records]

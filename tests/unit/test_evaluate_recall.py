@@ -30,7 +30,7 @@ CONTRIBUTORS = {0: [3, 17], 1: [22], 3: [0, 1, 5]}
 WEIGHTS = dict(zip(GROUPS, (0.7, 0.1, 0.0, 0.2), strict=True))
 KS = [1, 3, 10]
 # The store has no model that would give embeddings.
-BASELINES = ("bm25", "cosine", "random")
+BASELINES = ["bm25", "cosine", "random"]
 
 
 def pairs(folder: Path, of: dict[int, list[int]] | None = None) -> str:
