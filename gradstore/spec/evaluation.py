@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from gradstore.errors import SpecError
 from gradstore.spec.section import NAME, Section
 
-
 Baseline = Literal["bm25", "embedding", "cosine", "random"]
 
 
