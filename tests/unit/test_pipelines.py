@@ -6,7 +6,10 @@ import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pyarrow import parquet
+from scipy.stats import rankdata
 
 from gradstore.plan import make_plan
 from gradstore.spec import read_spec
@@ -56,3 +59,33 @@ def test_a_study_that_was_run_has_its_results_in_the_docs() -> None:
     for results in PIPELINES.glob("*/results.md"):
         assert results.read_text(encoding="utf-8").strip() in page
         assert json.loads(results.with_name("results.json").read_text(encoding="utf-8"))["runs"]
+
+
+@pytest.mark.parametrize("study", sorted({path.parent.name for path in PIPELINES.glob("*/values.parquet")}))
+def test_reported_lds_is_computed_again_from_ranks_and_what_retrained_models_output(study: str) -> None:
+    folder = PIPELINES / study
+    values = parquet.read_table(folder / "values.parquet").to_pandas()
+    outputs = parquet.read_table(folder / "outputs.parquet").to_pandas()
+    runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
+    checked = 0
+    for run, measures in runs.items():
+        if "lds" not in measures:
+            continue
+        spec, told = read_spec(folder / run), measures["lds"]
+        assert spec.evaluate.lds is not None
+        url, keeper = spec.run.store, spec.evaluate.lds.store or spec.run.store
+        of_store = values[values.store == Path(url).name]
+        kept = outputs[(outputs.store == Path(keeper).name) & (outputs.set == "eval")]
+        actual = -kept.groupby(["subset", "query"]).output.mean().unstack()
+        for row in told["methods"]:
+            name = f"lds.half.{told['subsets']}x{told['seeds']}/{row['kernel'] or 'baseline'}.{row['method']}"
+            found = of_store[(of_store.evaluation == name) & of_store.group.isna()]
+            ranks = np.array(found.ranks.tolist()) - (told["subsets"] + 1) / 2
+            of_queries = rankdata(actual[found.row].to_numpy().T, axis=1) - (told["subsets"] + 1) / 2
+            # Spearman's correlation is that of ranks.
+            with np.errstate(invalid="ignore"):
+                again = (ranks * of_queries).sum(1) / np.sqrt((ranks**2).sum(1) * (of_queries**2).sum(1))
+            # A query of which a method says nothing counts as 0.
+            assert np.nan_to_num(again).mean() == pytest.approx(row["measures"]["lds"]["mean"], abs=1e-6)
+            checked += 1
+    assert checked > 5
