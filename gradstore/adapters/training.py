@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
+import numpy as np
+
 from gradstore.adapters.models.functions import code_hash, find_function, users_code
 from gradstore.adapters.models.modules import is_function
 from gradstore.adapters.protocol import Adapter
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 SCRATCH: Final = "scratch"
 _KEY: Final = "training"
+_BATCH: Final = 64
 
 
 @runtime_checkable
@@ -95,6 +98,18 @@ def trainer_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         find_function(name, f"{_KEY}.trainer")
         code = code_hash(name)
     return {"trainer": name, "options": dict(options), "code": code}
+
+
+def outputs_of(adapter: Adapter, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
+    """Return f of every example, float64 [n], some at a time."""
+    import torch
+
+    found = np.empty(len(examples))
+    with torch.no_grad():
+        for first in range(0, len(examples), _BATCH):
+            of_batch = adapter.outputs(model, examples[first : first + _BATCH])
+            found[first : first + _BATCH] = of_batch.double().cpu().numpy()
+    return found
 
 
 class _Scratch:

@@ -91,7 +91,7 @@ class DatamodelingSection(Section):
 class MislabelSection(Section):
     """[evaluate.mislabel]: which train examples are known to have a wrong label, and among how many they are looked for.
 
-    ``examples`` is a file with the column example, ids of those whose label is wrong; without it they are those that
+    ``examples`` is a file of the ids of those whose label is wrong, one a line; without it they are those that
     ``model.options.mislabelled`` made wrong. ``rows`` are looked through, drawn by the run's seed. Self-influence is also divided
     by the mean of an example's ``top`` highest scores; 0 leaves that out.
     """

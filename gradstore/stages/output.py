@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,12 +35,16 @@ def require_place(output: Path, storage: Storage, *, force: bool) -> None:
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """Give a temporary file beside ``output``, which gets its name once it is whole, and goes if anything fails."""
+    """Give a temporary name beside ``output`` for a file or folder, which gets that name once it is whole, and goes if anything fails."""
     temporary = output.parent / f".gradstore-{uuid4().hex}{output.suffix}"
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if temporary.is_file():
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        elif output.is_dir():
+            # No folder takes the place of one that holds something.
+            shutil.rmtree(output)
         temporary.replace(output)
     except OSError as error:
         raise StorageError(
@@ -49,4 +54,7 @@ def replacing(output: Path) -> Iterator[Path]:
     finally:
         # Where the folder is none, there is nothing to remove either; what failed is told above.
         with suppress(OSError):
-            temporary.unlink()
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink()

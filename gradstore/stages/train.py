@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
 
 from gradstore.adapters import Adapter
-from gradstore.adapters.training import Saved, Trainer, TrainsAlone, resolve_trainer, trainer_settings
+from gradstore.adapters.training import Saved, Trainer, TrainsAlone, outputs_of, resolve_trainer, trainer_settings
 from gradstore.errors import SpecError, StorageError
 from gradstore.numerics.generator import derive_key
 from gradstore.plan.resolve import make_adapter, resolve_device
 from gradstore.spec import RunSpec
 from gradstore.spec.sections import LONE_MEMBER
+from gradstore.stages.output import replacing
 from gradstore.stages.progress import Progress
 from gradstore.store.codecs import plain
 from gradstore.store.contract import require_equal
@@ -25,7 +24,6 @@ from gradstore.store.examples import Example, data_hash
 _RECORD: Final = ".training.json"
 # What of an adapter's identity says how a model is looked at, not what it is.
 _SEEN_AS: Final = ("output", "copies")
-_BATCH: Final = 64
 
 
 def train_model(spec: RunSpec, progress: Progress, *, force: bool = False) -> list[dict[str, Any]]:
@@ -93,7 +91,7 @@ def _train(spec: RunSpec, member: str, trainer: Trainer, place: Path, *, force: 
     facts = {
         "examples": len(examples["train"]),
         "seconds": round(time.monotonic() - began, 3),
-        "output": {name: _mean_output(adapter, model, rows) for name, rows in examples.items()},
+        "output": {name: float(outputs_of(adapter, model, rows).mean()) for name, rows in examples.items()},
     }
     _write(adapter, model, place, {"made_from": made_from, "facts": facts})
     return {**facts, "kept": False}
@@ -112,35 +110,18 @@ def _anew(spec: RunSpec) -> RunSpec:
     return spec.model_copy(update={"model": section.model_copy(update={"members": members})})
 
 
-def _mean_output(adapter: Adapter, model: Any, examples: Sequence[Example]) -> float:
-    """Mean of f over the examples of a split."""
-    import torch
-
-    total = 0.0
-    with torch.no_grad():
-        for first in range(0, len(examples), _BATCH):
-            total += float(adapter.outputs(model, examples[first : first + _BATCH]).double().sum())
-    return total / len(examples)
-
-
 def _write(adapter: Adapter, model: Any, place: Path, record: Mapping[str, Any]) -> None:
-    """Write a model under another name and give it its own once it is whole; the record comes last."""
+    """Write a model in the place of another, and the record last."""
     assert isinstance(adapter, Saved), "others were refused"
-    temporary = place.parent / f".gradstore-{uuid4().hex}{place.suffix}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         _record(place).unlink(missing_ok=True)
-        adapter.save(model, temporary)
-        if place.is_dir():
-            shutil.rmtree(place)
-        temporary.replace(place)
-        _record(place).write_text(json.dumps(record, indent=1), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{place}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+    with replacing(place) as temporary:
+        adapter.save(model, temporary)
+    with replacing(_record(place)) as temporary:
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _record(place: Path) -> Path:

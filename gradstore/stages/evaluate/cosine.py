@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final, cast
-from uuid import uuid4
 
 from gradstore.cluster import Engine
 from gradstore.cluster.here import Here
+from gradstore.errors import SpecError
+from gradstore.plan.combinations import refuse_combinations
 from gradstore.spec import RunSpec
 from gradstore.spec.sections import ContributeSection, KernelSection
 from gradstore.stages.building import BuiltContributions
 from gradstore.stages.contribute.artifacts import create_queries
 from gradstore.stages.contribute.queries import precondition
 from gradstore.stages.contribute.rows import prepare_rows
+from gradstore.stages.evaluate.over import over_store
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.sources import FromContributions, Method, Ranks, Scored
 from gradstore.stages.weights import UNWEIGHTED
-from gradstore.store.backend.overlay import OverlayStorage, overlay_url
-from gradstore.store.features import FeatureStore
 
 COSINE: Final = Method(name="cosine")
 _KERNEL: Final = KernelSection(name="cosine", kind="identity")
@@ -35,24 +35,17 @@ def cosine_source(spec: RunSpec, progress: Progress) -> Iterator[CosineSource]:
 
     It is built of features as they stream by, in memory over the store: every use is a pass over them.
     """
-    url = overlay_url(uuid4().hex, spec.run.store)
-    over = spec.model_copy(
-        update={
-            "run": spec.run.model_copy(update={"store": url}),
-            "kernel": _KERNEL,
-            "contribute": ContributeSection(mode="streamed", normalize="cosine"),
-        }
-    )
-    store = FeatureStore.open(url)
-    assert isinstance(store.storage, OverlayStorage), "it is made over the store"
-    try:
+    with over_store(_by_cosine(spec)) as (over, store):
         prepare_rows(over, cast(Engine, Here()), progress)
         for member in store.open_set("eval").info.members:
             create_queries(over, store, ("eval", member))
-            precondition(url, over.model_dump(), ("eval", member))
+            precondition(over.run.store, over.model_dump(), ("eval", member))
         yield CosineSource(FromContributions(store, BuiltContributions.open(over, store, "eval")))
-    finally:
-        store.storage.drop("")
+
+
+def _by_cosine(spec: RunSpec) -> RunSpec:
+    contribute = ContributeSection(mode="streamed", normalize="cosine")
+    return spec.model_copy(update={"kernel": _KERNEL, "contribute": contribute})
 
 
 class CosineSource:
@@ -71,6 +64,10 @@ class CosineSource:
             yield replace(piece, scores={COSINE: piece.scores[_METHOD]}, parts=None)
 
 
-def refuses_cosine(output: str | None, etas: Sequence[float]) -> bool:
-    """Whether cosines have no meaning: where rows count by more than their features, or norms may be of negative squares."""
-    return output == "das" or any(eta < 0 for eta in etas)
+def has_cosine(spec: RunSpec, output: str | None) -> bool:
+    """Whether cosines have a meaning for the output function and the members of a run."""
+    try:
+        refuse_combinations(_by_cosine(spec), output)
+    except SpecError:
+        return False
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +15,12 @@ from gradstore.spec import RunSpec
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.evaluate.methods import Compared, candidates, contenders, described
 from gradstore.stages.evaluate.retraining import KEY, Retrained, retrain, section_of
+from gradstore.stages.evaluate.told import told_comparison
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.sources import Method
 from gradstore.stages.weights import UNWEIGHTED
 from gradstore.store.artifacts import EvaluationArtifact
 from gradstore.store.features import FeatureStore
-
-if TYPE_CHECKING:
-    from gradstore.numerics.metrics import Comparison
 
 MEASURE: Final = "lds"
 
@@ -92,14 +90,14 @@ def evaluate_lds(spec: RunSpec, engine: Engine, progress: Progress) -> dict[str,
             'those of learn queries; set contribute.mode = "tensor" or "streamed", or leave groups = false and choose out.'
         )
     # Before hours of training.
-    found = [*contenders(spec, store, engine)]
-    offered = [] if section.choose is None else [*candidates(spec, store, engine, section.choose)]
+    found = [*contenders(spec, store, engine, progress)]
+    offered = [] if section.choose is None else [*candidates(spec, store, engine, progress, section.choose)]
     retrained = retrain(spec, engine, progress)
     judge = _Judge.of(spec, store, retrained, "eval")
-    choice = None if section.choose is None else _choose(offered, spec, store, retrained, progress)
+    choice = None if section.choose is None else _choose(offered, spec, store, retrained)
     if choice is not None:
         found = [_joined(of_kernel, choice) for of_kernel in found]
-    predicted = [_predicted(of_kernel, judge, progress) for of_kernel in found]
+    predicted = [_predicted(of_kernel, judge) for of_kernel in found]
     return {
         "store": spec.run.store,
         "measure": MEASURE,
@@ -143,16 +141,14 @@ class _Choice:
                 {
                     **described(method),
                     f"{MEASURE} of {self.set_name}": self.means[method],
-                    **_told(compared[method.artifact]),
+                    **told_comparison(compared[method.artifact]),
                 }
                 for method in chosen
             ],
         }
 
 
-def _choose(
-    offered: Sequence[Compared], spec: RunSpec, store: FeatureStore, retrained: Retrained, progress: Progress
-) -> _Choice:
+def _choose(offered: Sequence[Compared], spec: RunSpec, store: FeatureStore, retrained: Retrained) -> _Choice:
     """Take the kernel, and the kernel and weights, of the highest mean LDS of the queries of another set; of equal ones the first."""
     from gradstore.numerics.metrics import linear_datamodeling_score
 
@@ -160,7 +156,7 @@ def _choose(
     judge = _Judge.of(spec, store, retrained, set_name)
     means = {}
     for of_kernel in offered:
-        for method, predicted_QS in _predicted(of_kernel, judge, progress)[0].items():
+        for method, predicted_QS in _predicted(of_kernel, judge)[0].items():
             means[method] = float(
                 np.nan_to_num(linear_datamodeling_score(predicted_QS, judge.actual).correlations).mean()
             )
@@ -182,9 +178,7 @@ def _joined(found: Compared, choice: _Choice) -> Compared:
     return replace(found, methods=(*found.methods, chosen))
 
 
-def _predicted(
-    found: Compared, judge: _Judge, progress: Progress
-) -> tuple[dict[Method, np.ndarray], list[dict[str, Any]]]:
+def _predicted(found: Compared, judge: _Judge) -> tuple[dict[Method, np.ndarray], list[dict[str, Any]]]:
     """What the scores of each method predict of the queries, [Q, S], and the LDS of every group; measured where it is not there."""
     from gradstore.numerics.metrics import SubsetSums
 
@@ -210,7 +204,7 @@ def _predicted(
         group_sums = SubsetSums(masks_SN, rows * len(groups)) if of_groups else None
         # Parts come with the scores of a kernel.
         scanned = [*missing, *([found.methods[0]] if of_groups and found.methods[0] not in missing else [])]
-        for piece in found.scan(scanned, progress, MEASURE):
+        for piece in found.scan(scanned, MEASURE):
             for method, scores in piece.scores.items():
                 if method in sums:
                     sums[method].add(scores, piece.rows, piece.first)
@@ -260,12 +254,14 @@ def _groups_told(found: Compared, table: pa.Table, judge: _Judge) -> list[dict[s
     """LDS of every group alone, in the order of the model."""
     from gradstore.numerics.metrics import compare_datamodeling
 
-    names = table["group"].to_pylist()
+    # Rows of a group follow one another, a query each.
+    names = [*dict.fromkeys(table["group"].to_pylist())]
     predicted = _read(table)
-    by_name = {name: predicted[[of == name for of in names]] for name in dict.fromkeys(names)}
+    by_name = dict(zip(names, predicted.reshape(len(names), -1, predicted.shape[1]), strict=True))
     compared = compare_datamodeling(by_name, judge.actual, seed=found.spec.run.seed)
     return [
-        {"kernel": found.spec.kernel.name, "group": name, **_told(comparison)} for name, comparison in compared.items()
+        {"kernel": found.spec.kernel.name, "group": name, **told_comparison(comparison)}
+        for name, comparison in compared.items()
     ]
 
 
@@ -279,10 +275,5 @@ def _compared(predicted: Mapping[Method, np.ndarray], actual_SQ: np.ndarray, *, 
     for method in predicted:
         comparison = compared[method.artifact]
         shown = comparison if method.weights is not None else comparison._replace(difference=None)
-        told.append({**described(method), "queries": actual_SQ.shape[1], "measures": {MEASURE: _told(shown)}})
+        told.append({**described(method), "queries": actual_SQ.shape[1], "measures": {MEASURE: told_comparison(shown)}})
     return told
-
-
-def _told(comparison: Comparison) -> dict[str, Any]:
-    told: dict[str, Any] = comparison.interval._asdict()
-    return told if comparison.difference is None else {**told, "difference": comparison.difference._asdict()}

@@ -13,7 +13,7 @@ from gradstore.cluster import Engine
 from gradstore.numerics.generator import derive_key, stretches
 from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
-from gradstore.stages.evaluate.cosine import COSINE, cosine_source, refuses_cosine
+from gradstore.stages.evaluate.cosine import COSINE, cosine_source, has_cosine
 from gradstore.stages.evaluate.embeddings import embedding_settings, has_embeddings, similarities
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.baselines import bm25_scores, rank_by_baselines, texts_of
@@ -41,8 +41,8 @@ class Compared:
 
     Attributes
     ----------
-    spec, store, engine
-        The run, of one kernel of a sweep, its store, and who computes what baselines need.
+    spec, store, engine, progress
+        The run, of one kernel of a sweep, its store, who computes what baselines need, and who is told.
     source
         Scores by the kernel.
     methods
@@ -54,6 +54,7 @@ class Compared:
     spec: RunSpec
     store: FeatureStore
     engine: Engine
+    progress: Progress
     source: Source
     methods: tuple[Method, ...]
     set_name: str = "eval"
@@ -67,45 +68,45 @@ class Compared:
             return found | embedding_settings(self.spec, self.store)
         return found | ({"seed": self.spec.run.seed} if method == RANDOM else {})
 
-    def scan(self, methods: Sequence[Method], progress: Progress, stage: str) -> Iterator[Scored]:
+    def scan(self, methods: Sequence[Method], stage: str) -> Iterator[Scored]:
         """Yield pieces of the scores by some of the methods, not all in every piece: every valid row of every query once for each."""
         of_kernel = [method for method in methods if method.kernel is not None]
         beside = [method for method in methods if method in (BM25, RANDOM, EMBEDDING)]
         if of_kernel or beside:
             # Where baselines alone are asked for, some kernel gives the pieces.
-            for piece in self.source.scan(of_kernel or [self.methods[0]], progress, stage):
+            for piece in self.source.scan(of_kernel or [self.methods[0]], self.progress, stage):
                 scores = {method: piece.scores[method] for method in of_kernel}
                 queries = range(piece.first, piece.first + len(next(iter(piece.scores.values()))))
-                scores |= {method: self._beside(method, queries, piece.rows, progress) for method in beside}
+                scores |= {method: self._beside(method, queries, piece.rows) for method in beside}
                 yield replace(piece, scores=scores)
         if COSINE in methods:
-            with cosine_source(self.spec, progress) as source:
-                yield from source.scan(progress, stage)
+            with cosine_source(self.spec, self.progress) as source:
+                yield from source.scan(self.progress, stage)
 
-    def rank(self, methods: Sequence[Method], keep: int, progress: Progress) -> dict[Method, Ranks]:
+    def rank(self, methods: Sequence[Method], keep: int) -> dict[Method, Ranks]:
         """Rank the valid rows by some of the methods, keeping the best of every query."""
         rows_N = self.source.valid_rows()
         keep = min(keep, len(rows_N))
-        found = self.source.rank(methods, keep, progress)
+        found = self.source.rank(methods, keep, self.progress)
         found |= rank_by_baselines(self.store, methods, rows_N, keep, seed=self.spec.run.seed)
         if COSINE in methods:
-            with cosine_source(self.spec, progress) as source:
-                found[COSINE] = source.rank(keep, progress)
+            with cosine_source(self.spec, self.progress) as source:
+                found[COSINE] = source.rank(keep, self.progress)
         if EMBEDDING in methods:
-            similar_QN = self._similarities(progress)[:, rows_N]
+            similar_QN = self._similarities[:, rows_N]
             places = np.argsort(-similar_QN, axis=1, kind="stable")[:, :keep]
             scores = np.take_along_axis(similar_QN, places, 1).astype(np.float64)
             parts = np.empty((*places.shape, 0), np.float32)
             found[EMBEDDING] = Ranks(proponents=Ranked(rows=rows_N[places], scores=scores, parts=parts))
         return found
 
-    def _beside(self, method: Method, queries: range, rows: np.ndarray, progress: Progress) -> np.ndarray:
+    def _beside(self, method: Method, queries: range, rows: np.ndarray) -> np.ndarray:
         """Scores [q, n] of some queries and rows by a baseline."""
         if method == RANDOM:
             return np.stack([self._random(query, rows) for query in queries])
         some = slice(queries.start, queries.stop)
         if method == EMBEDDING:
-            return self._similarities(progress)[some, rows].astype(np.float64)
+            return self._similarities[some, rows].astype(np.float64)
         places = np.searchsorted(self.source.valid_rows(), rows)
         return np.asarray(self._by_words[some, places].astype(np.float64))
 
@@ -116,12 +117,10 @@ class Compared:
         texts = texts_of(train)
         return bm25_scores(texts_of(queries), [texts[row] for row in self.source.valid_rows()])
 
-    def _similarities(self, progress: Progress) -> np.ndarray:
-        """Similarities of embeddings [Q, rows], made once."""
-        if "_similar" not in self.__dict__:
-            self.__dict__["_similar"] = similarities(self.spec, self.store, self.engine, progress)
-        found: np.ndarray = self.__dict__["_similar"]
-        return found
+    @cached_property
+    def _similarities(self) -> np.ndarray:
+        """Similarities of embeddings [Q, rows]."""
+        return similarities(self.spec, self.store, self.engine, self.progress)
 
     def _random(self, query: int, rows: np.ndarray) -> np.ndarray:
         """Uniform numbers of a query and some rows, the same in whatever pieces they are asked for."""
@@ -131,7 +130,7 @@ class Compared:
         return np.asarray(drawn[rows - first * _WORDS] / 2.0**64)
 
 
-def contenders(spec: RunSpec, store: FeatureStore, engine: Engine) -> Iterator[Compared]:
+def contenders(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progress) -> Iterator[Compared]:
     """Yield the methods of every kernel of a run, of the eval queries; the baselines belong to the first.
 
     Raises
@@ -142,7 +141,8 @@ def contenders(spec: RunSpec, store: FeatureStore, engine: Engine) -> Iterator[C
     baselines = _baselines(spec, store)
     for place, swept in enumerate(spec.sweep()):
         methods = (*weighted_methods(swept), *(baselines if place == 0 else ()))
-        yield Compared(spec=swept, store=store, engine=engine, source=open_source(swept, store), methods=methods)
+        source = open_source(swept, store)
+        yield Compared(spec=swept, store=store, engine=engine, progress=progress, source=source, methods=methods)
 
 
 def _baselines(spec: RunSpec, store: FeatureStore) -> tuple[Method, ...]:
@@ -151,13 +151,15 @@ def _baselines(spec: RunSpec, store: FeatureStore) -> tuple[Method, ...]:
     there_is = {
         BM25: any(texts_of(store.open_set("eval"))),
         EMBEDDING: has_embeddings(spec),
-        COSINE: not refuses_cosine(output, [*spec.model.etas.values()]),
+        COSINE: has_cosine(spec, output),
         RANDOM: True,
     }
     return tuple(method for method in there_is if there_is[method] and method.name in spec.evaluate.baselines)
 
 
-def candidates(spec: RunSpec, store: FeatureStore, engine: Engine, set_name: str) -> Iterator[Compared]:
+def candidates(
+    spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progress, set_name: str
+) -> Iterator[Compared]:
     """Yield what may be chosen by the queries of a set: every kernel, without weights, with its own, and with their candidates.
 
     Raises
@@ -175,7 +177,13 @@ def candidates(spec: RunSpec, store: FeatureStore, engine: Engine, set_name: str
         ]
         source = open_source(swept, store, set_name)
         yield Compared(
-            spec=swept, store=store, engine=engine, source=source, methods=(*methods, *others), set_name=set_name
+            spec=swept,
+            store=store,
+            engine=engine,
+            progress=progress,
+            source=source,
+            methods=(*methods, *others),
+            set_name=set_name,
         )
 
 

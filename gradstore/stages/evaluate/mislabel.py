@@ -19,6 +19,7 @@ from gradstore.spec import RunSpec, content_hash
 from gradstore.spec.evaluation import MislabelSection
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.evaluate.methods import described
+from gradstore.stages.evaluate.told import told_comparison
 from gradstore.stages.evaluate.top_scores import top_means
 from gradstore.stages.featurize.tables import DAS, MARGIN
 from gradstore.stages.influence.totals import Asked, find_influence
@@ -214,8 +215,5 @@ def _told(found: Sequence[tuple[Method, pa.Table]], wrong_N: np.ndarray, *, seed
             compared = compare_detection(scores, wrong_N, against=against, seed=seed)
             for row, (method, _) in zip(told, found, strict=True):
                 if method.artifact in compared:
-                    interval, difference = compared[method.artifact]
-                    row["measures"][measure] = interval._asdict() | (
-                        {} if difference is None else {"difference": difference._asdict()}
-                    )
+                    row["measures"][measure] = told_comparison(compared[method.artifact])
     return told

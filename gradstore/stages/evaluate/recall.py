@@ -50,11 +50,11 @@ def evaluate_recall(spec: RunSpec, engine: Engine, progress: Progress) -> dict[s
     if not queries:
         raise DataError("evaluate.recall: no eval query has a known contributor among the valid train examples.")
     tables = []
-    for found in contenders(spec, store, engine):
+    for found in contenders(spec, store, engine, progress):
         asked = {method: _create(found, method, known, section.k) for method in found.methods}
         missing = [method for method, artifact in asked.items() if not artifact.is_complete()]
         if missing:
-            for method, ranks in _ranks(found, missing, wanted, progress).items():
+            for method, ranks in _ranks(found, missing, wanted).items():
                 table = _table(queries, ranks, section.k)
                 asked[method].write(table, facts={"queries": len(queries)})
         tables += [(described(method), artifact.read().to_pydict()) for method, artifact in asked.items()]
@@ -95,17 +95,15 @@ def _create(found: Compared, method: Method, known: Mapping[str, Any], ks: Seque
     return EvaluationArtifact.create(found.store.storage, MEASURE, method.artifact, settings=settings)
 
 
-def _ranks(
-    found: Compared, methods: Sequence[Method], wanted: Sequence[np.ndarray], progress: Progress
-) -> dict[Method, list[np.ndarray]]:
+def _ranks(found: Compared, methods: Sequence[Method], wanted: Sequence[np.ndarray]) -> dict[Method, list[np.ndarray]]:
     """Ranks of the contributors of each query under some methods, in two reads of the scores."""
     from gradstore.numerics.metrics import RankSearch
 
     searches = {method: RankSearch(wanted) for method in methods}
-    for piece in found.scan(methods, progress, MEASURE):
+    for piece in found.scan(methods, MEASURE):
         for method, scores in piece.scores.items():
             searches[method].find(scores, piece.rows, piece.first)
-    for piece in found.scan(methods, progress, MEASURE):
+    for piece in found.scan(methods, MEASURE):
         for method, scores in piece.scores.items():
             searches[method].count(scores, piece.rows, piece.first)
     return {method: search.ranks() for method, search in searches.items()}

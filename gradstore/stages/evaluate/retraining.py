@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
-from gradstore.adapters.training import resolve_trainer, trainer_settings
+from gradstore.adapters.training import outputs_of, resolve_trainer, trainer_settings
 from gradstore.cluster import Engine, Task
 from gradstore.errors import DataError, SpecError, SupersededError
 from gradstore.numerics.generator import derive_key
@@ -36,7 +36,6 @@ KEY: Final = "evaluate.lds"
 # Damping and the like are chosen by queries of learn, so that none is by those that are reported.
 QUERY_SETS: Final = ("learn", "eval")
 _SETS: Final = ("train", *QUERY_SETS)
-_BATCH: Final = 64
 # Output function of diffusion models that is a loss.
 _ERROR: Final = "ddpm_simple"
 
@@ -71,7 +70,8 @@ def retrain(spec: RunSpec, engine: Engine, progress: Progress) -> Retrained:
     resolve_trainer(spec.training.trainer, spec.training.options)
     store = FeatureStore.open(spec.run.store)
     places = [(subset, seed) for subset in range(section.subsets) for seed in range(section.seeds)]
-    common, keeper = _settings(spec, store), _keeper(spec, store)
+    keeper = _keeper(spec, store)
+    common = _settings(spec, store, keeper)
     artifacts = {
         place: RetrainedArtifact.create(keeper.storage, section.name, _name(place), settings=_of_place(common, place))
         for place in places
@@ -124,10 +124,11 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
     """
     spec, store = RunSpec.model_validate(run), FeatureStore.open(store_url)
     section, (subset, seed) = section_of(spec), place
-    artifact = RetrainedArtifact.open(_keeper(spec, store).storage, section.name, _name(place))
+    keeper = _keeper(spec, store)
+    artifact = RetrainedArtifact.open(keeper.storage, section.name, _name(place))
     if artifact.is_complete():
         return
-    if artifact.settings != plain(_of_place(_settings(spec, store), place)):
+    if artifact.settings != plain(_of_place(_settings(spec, store, keeper), place)):
         raise SupersededError(
             f"{artifact.folder}: is of other settings than this task's. Run `gradstore evaluate` again."
         )
@@ -153,15 +154,10 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], place: tuple[int, in
 
 def _outputs(adapter: Adapter, model: nn.Module, store: FeatureStore, name: str) -> np.ndarray:
     """What a model outputs for every query of a set, float64 [Q]; NaN of those that are not valid."""
-    import torch
-
     queries = valid_rows_of(store, name).tolist()
     examples: list[Example] = examples_at(store.open_set(name), queries)
     found = np.full(store.open_set(name).info.rows, np.nan)
-    with torch.no_grad():
-        for first in range(0, len(examples), _BATCH):
-            of_batch = adapter.outputs(model, examples[first : first + _BATCH])
-            found[queries[first : first + _BATCH]] = of_batch.double().cpu().numpy()
+    found[queries] = outputs_of(adapter, model, examples)
     if strange := [query for query in queries if not np.isfinite(found[query])]:
         raise DataError(
             f"{name}: a retrained model outputs no finite number for the queries {strange[:5]}. Train it otherwise."
@@ -169,7 +165,7 @@ def _outputs(adapter: Adapter, model: nn.Module, store: FeatureStore, name: str)
     return found
 
 
-def _settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
+def _settings(spec: RunSpec, store: FeatureStore, keeper: FeatureStore) -> dict[str, Any]:
     """What all models of a name have in common."""
     section = section_of(spec)
     return {
@@ -177,7 +173,7 @@ def _settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
         **trainer_settings(spec.training.trainer, spec.training.options),
         "run_seed": spec.run.seed,
         "output": _asked(spec, store),
-        **{name: _keeper(spec, store).describe(name) for name in _SETS},
+        **{name: keeper.describe(name) for name in _SETS},
     }
 
 

@@ -56,11 +56,11 @@ def evaluate_tail_patch(spec: RunSpec, engine: Engine, progress: Progress) -> di
         raise SpecError(f"{KEY}: the store's output function is {output}, which tells no log-probability.")
     queries = valid_rows_of(store, "eval")[: section.queries].tolist()
     asked, missing = [], []
-    for found in contenders(spec, store, engine):
+    for found in contenders(spec, store, engine, progress):
         artifacts = {method: _create(found, method, section) for method in found.methods}
         asked.append(artifacts)
         missing.append((found, [method for method, artifact in artifacts.items() if not artifact.is_complete()]))
-    changes = _measure(spec, store, _rankings(missing, queries, section.k, progress), engine, progress)
+    changes = _measure(spec, store, _rankings(missing, queries, section.k), engine, progress)
     tables = []
     for artifacts in asked:
         for method, artifact in artifacts.items():
@@ -83,15 +83,13 @@ def _create(found: Compared, method: Method, section: MeasuredTailPatchSection) 
     return EvaluationArtifact.create(found.store.storage, MEASURE, method.artifact, settings=settings)
 
 
-def _rankings(
-    missing: Sequence[tuple[Compared, Sequence[Method]]], queries: Sequence[int], k: int, progress: Progress
-) -> _Rankings:
+def _rankings(missing: Sequence[tuple[Compared, Sequence[Method]]], queries: Sequence[int], k: int) -> _Rankings:
     """Of every query the rows of its proponents under the methods that are not measured yet."""
     rankings: _Rankings = {query: {} for query in queries}
     for found, methods in missing:
         if not methods:
             continue
-        for method, of_method in found.rank(methods, k, progress).items():
+        for method, of_method in found.rank(methods, k).items():
             for query in queries:
                 rankings[query][method.artifact] = of_method.proponents.rows[query].tolist()
     return rankings

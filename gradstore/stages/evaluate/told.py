@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import RenderableType
 
 from gradstore.stages.weights import UNWEIGHTED
+
+if TYPE_CHECKING:
+    from gradstore.numerics.metrics import Comparison
 
 _QUERY: Final = "query"
 
@@ -45,6 +48,12 @@ def compared(
             measures[name] = told
         found.append({**of, "queries": len(columns[_QUERY]), "measures": measures})
     return found
+
+
+def told_comparison(comparison: Comparison) -> dict[str, Any]:
+    """Mean and interval as plain values, with the difference where there is one."""
+    told: dict[str, Any] = comparison.interval._asdict()
+    return told if comparison.difference is None else {**told, "difference": comparison.difference._asdict()}
 
 
 def _by_query(columns: Mapping[str, Sequence[Any]], name: str) -> dict[int, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import cast
-from uuid import uuid4
 
 import numpy as np
 
@@ -13,13 +12,13 @@ from gradstore.cluster.here import Here
 from gradstore.spec import RunSpec
 from gradstore.stages.contribute.queries import Slab, Target
 from gradstore.stages.contribute.rows import prepare_rows, score_transform
+from gradstore.stages.evaluate.over import over_store
 from gradstore.stages.progress import Progress
 from gradstore.stages.query.asked import copy_rows, precondition
 from gradstore.stages.ranking import QUERY_BYTES, Ranker, query_bytes, rank
 from gradstore.stages.score.sources import Method
 from gradstore.stages.spectra import KeptSpectra
 from gradstore.stages.weights import read_weights
-from gradstore.store.backend.overlay import OverlayStorage, overlay_url
 from gradstore.store.features import BlockReader, FeatureStore, Room
 
 
@@ -31,31 +30,28 @@ def top_means(
     The rows are queries over the store, in memory, as many in a reading of the features as memory takes.
     """
     base = FeatureStore.open(spec.run.store)
-    url = overlay_url(uuid4().hex, spec.run.store)
-    over, store = spec.model_copy(update={"run": spec.run.model_copy(update={"store": url})}), FeatureStore.open(url)
-    assert isinstance(store.storage, OverlayStorage), "queries are written over the store"
-    prepare_rows(over, cast(Engine, Here()), progress)
     train = base.open_set("train").info
-    ranker = Ranker(
-        store=store,
-        spec=over,
-        weightings={method.name: read_weights(base, method.weights) for method in methods},
-        transform=score_transform(str(base.contract["model"].get("output"))),
-        make_reader=BlockReader,
-        progress=progress,
-        stage="top scores",
-    )
+    weightings = {method.name: read_weights(base, method.weights) for method in methods}
+    transform = score_transform(str(base.contract["model"].get("output")))
     at_once = max(1, QUERY_BYTES // query_bytes(train))
     found: dict[Method, list[np.ndarray]] = {method: [] for method in methods}
     for first in range(0, len(rows), at_once):
         some = rows[first : first + at_once].tolist()
-        try:
+        with over_store(spec) as (over, store):
+            prepare_rows(over, cast(Engine, Here()), progress)
             name = copy_rows(store, "train", some)
             precondition(store, over, name, KeptSpectra(Room(0)))
+            ranker = Ranker(
+                store=store,
+                spec=over,
+                weightings=weightings,
+                transform=transform,
+                make_reader=BlockReader,
+                progress=progress,
+                stage="top scores",
+            )
             slab = Slab(target=Target(kernel=spec.kernel.name, set_name=name), first=0, last=len(some))
             winners = rank(ranker, slab, min(top, train.num_examples))
-        finally:
-            store.storage.drop("")
         for method in methods:
             found[method].append(winners[method.name].proponents.scores.mean(1))
     return {method: np.concatenate(parts) for method, parts in found.items()}

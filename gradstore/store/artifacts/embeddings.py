@@ -67,7 +67,8 @@ class EmbeddingsArtifact(Artifact):
         """Return the numbers of all rows [n], ascending, and their embeddings [n, width]; NotReadyError if a block is missing."""
         tables = [decode_table(self._read_object(_path(unit), unit)) for unit in range(self.info.num_units)]
         table = pa.concat_tables(tables)
-        return np.array(table["row"], np.int64), np.array(table["embedding"].to_pylist(), np.float32)
+        values = table["embedding"].combine_chunks().flatten().to_numpy()
+        return np.array(table["row"], np.int64), values.reshape(len(table), -1)
 
 
 def _path(block: int) -> str:
