@@ -1,7 +1,7 @@
 """Runs a study - train, attribute, evaluate - and writes its tables: ``python pipelines/study.py pipelines/classification``; with ``--pages`` its pages alone are written again.
 
-A folder's study.toml lists tables, and of each the rows: a label and a run.toml. What is done already is kept, so that a study
-that was stopped goes on where it was. Beside study.toml are written results.md, and results.json with all that the commands
+A folder's study.toml lists tables, and of each the rows: a label and a run.toml; and which weights one run's store is given of
+another's. What is done already is kept, so that a study that was stopped goes on where it was. Beside study.toml are written results.md, and results.json with all that the commands
 told; values of every query are in values.parquet. docs/results.md has the results of all studies.
 """
 
@@ -13,8 +13,9 @@ import platform
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pyarrow import parquet
 from scipy.stats import rankdata
 
 from gradstore.spec import read_spec
+from gradstore.stages.weights import read_weights
 from gradstore.store.artifacts import EvaluationArtifact, RetrainedArtifact, list_artifacts
 from gradstore.store.features import FeatureStore
 
@@ -59,18 +61,43 @@ def run(folder: Path, study: Told) -> Iterator[dict[str, dict[str, Told]]]:
     """Yield, after every command that measures, what the commands told so far, by run and measure."""
     if "prepare" in study:
         subprocess.run([sys.executable, folder / study["prepare"]], check=True)
+    made: set[str] = set()
+    transfers = study.get("transfers", [])
+    for transfer in transfers:
+        make(folder, transfer, made)
+        make(folder, {"run": transfer["into"], "train": False}, made)
+    for transfer in transfers:
+        source, into = (read_spec(folder / transfer[key]).run.store for key in ("run", "into"))
+        gradstore(
+            folder, "transfer", source, transfer["weights"], into, "--as", transfer.get("as", transfer["weights"])
+        )
     found: dict[str, dict[str, Told]] = {}
     for table in study["tables"]:
         for row in table["rows"]:
+            make(folder, row, made)
             measures = found.setdefault(row["run"], {})
-            if not measures:
-                if row.get("train", True):
-                    gradstore(folder, "train", row["run"])
-                gradstore(folder, "run", row["run"])
             if table["measure"] not in measures:
                 told = json.loads(gradstore(folder, "evaluate", table["measure"], row["run"], "--json"))
-                measures[table["measure"]] = {key: value for key, value in told.items() if key != "store"}
+                weights = learned_weights(told.pop("store"), told["methods"])
+                measures[table["measure"]] = {**told, "weights": weights}
                 yield found
+
+
+def make(folder: Path, row: Told, made: set[str]) -> None:
+    """Train a run's model, unless it is another's, and attribute; once."""
+    if row["run"] in made:
+        return
+    if row.get("train", True):
+        gradstore(folder, "train", row["run"])
+    gradstore(folder, "run", row["run"])
+    made.add(row["run"])
+
+
+def learned_weights(url: str, methods: Iterable[Told]) -> dict[str, list[float]]:
+    """Weights of the groups, in the order of the model, by the names that methods have for them."""
+    store = FeatureStore.open(url)
+    names = {method["weights"] for method in methods if method["weights"] is not None}
+    return {name: read_weights(store, name).tolist() for name in sorted(names)}
 
 
 def write_pages(pipelines: Path) -> None:
@@ -108,7 +135,11 @@ def page(folder: Path, study: Told, results: Told) -> Iterator[str]:
         "times 100."
     )
     for table in study["tables"]:
-        yield from ("", f"### {table['name']}", "", "| | w/o w | w | difference |", "|---|---|---|---|")
+        yield from ("", f"### {table['name']}", "")
+        if table.get("shows") == "similarity":
+            yield from similarities(table, found)
+            continue
+        yield from ("| | w/o w | w | difference |", "|---|---|---|---|")
         firsts: dict[str, Told] = {}
         for row in table["rows"]:
             if (told := found.get(row["run"], {}).get(table["measure"])) is None:
@@ -146,6 +177,30 @@ def baselines_of(label: str, told: Told, of: str | None) -> Iterator[str]:
         measure = of or next(iter(row["measures"]))
         if row["kernel"] is None and measure in row["measures"]:
             yield f"| {label}{row['method']} | {interval(row['measures'][measure], factor_of(told))} | | |"
+
+
+def similarities(table: Told, found: Mapping[str, Mapping[str, Told]]) -> Iterator[str]:
+    """Cosines of what settings say of the groups of one network: LDS of each group alone, and learned weights."""
+    of_settings: dict[str, tuple[list[float], list[float]]] = {}
+    for row in table["rows"]:
+        told = found.get(row["run"], {}).get(table["measure"])
+        if told is None:
+            yield f"{row['label']}: not measured."
+            return
+        weights = next(method["weights"] for method in told["methods"] if method["weights"] is not None)
+        of_settings[row["label"]] = ([group["mean"] for group in told["groups"]], told["weights"][weights])
+    yield from ("| | LDS of groups | weights |", "|---|---|---|")
+    cosines = {
+        f"{one} / {other}": [cosine(*both) for both in zip(of_settings[one], of_settings[other], strict=True)]
+        for one, other in combinations(of_settings, 2)
+    }
+    for pair, values in [*cosines.items(), ("mean", np.mean([*cosines.values()], 0))]:
+        yield f"| {pair} | {' | '.join(f'{value:.3f}' for value in values)} |"
+
+
+def cosine(one: list[float], other: list[float]) -> float:
+    """Of two vectors."""
+    return float(np.dot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 
 def line(label: str, without: Told, weighted: Told, difference: Told, factor: float) -> str:

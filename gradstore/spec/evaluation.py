@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from gradstore.errors import SpecError
 from gradstore.spec.section import NAME, Section
 
 Baseline = Literal["bm25", "embedding", "cosine", "random"]
+LABEL: Final = "label"
+"""In ``evaluate.recall.by``, where anything else is a file."""
 
 
 class StepSection(Section):
@@ -38,12 +40,14 @@ class MeasuredTailPatchSection(StepSection):
 class RecallSection(Section):
     """[evaluate.recall]: which train examples are known to have contributed to an eval query, and how many rows are looked at.
 
-    ``pairs`` is a file with the columns query and example, ids of both; or ``by`` says that it is the examples of the
-    query's label. Lists of ``k`` are measured together.
+    ``pairs`` is a file with the columns query and example, ids of both. Or ``by`` says that it is the examples that share
+    something with the query: its label, or its value in a file with the columns id and value. Lists of ``k`` are measured
+    together; ``name`` tells apart what is measured by several such.
     """
 
+    name: str | None = Field(default=None, pattern=NAME)
     pairs: str | None = Field(default=None, min_length=1)
-    by: Literal["label"] | None = None
+    by: str | None = Field(default=None, min_length=1)
     k: list[Annotated[int, Field(ge=1)]] = Field(default=[10, 100], min_length=1)
 
     @model_validator(mode="after")
@@ -52,7 +56,7 @@ class RecallSection(Section):
             found = "neither pairs nor by" if self.pairs is None else "both pairs and by"
             raise SpecError(
                 f'evaluate.recall: found {found}; accepted: one of pairs = "pairs.jsonl", a file with the columns query and '
-                'example, and by = "label".'
+                'example, and by = "label", or by = "styles.csv", a file with the columns id and value.'
             )
         if len({*self.k}) < len(self.k):
             raise SpecError(f"evaluate.recall.k: found {self.k}; accepted: different numbers.")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from gradstore.errors import SpecError
 from gradstore.spec.data import SPLITS, DataSection, SplitSection
+from gradstore.spec.evaluation import LABEL
 from gradstore.spec.sections import RunSpec
 
 T = TypeVar("T", bound=BaseModel)
@@ -110,11 +111,14 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
         value = getattr(section, key)
         if value is None or "://" in value:
             return section
-        return section.model_copy(update={key: str(folder / value)})
+        # What is not there yet is looked for beside run.toml.
+        found = absolute(value)
+        return section.model_copy(update={key: str(folder / value) if found == value else found})
 
     evaluate = resolved(spec.evaluate, "encoder")
     if evaluate.recall is not None:
-        evaluate = evaluate.model_copy(update={"recall": with_file(evaluate.recall, "pairs")})
+        recall = with_file(evaluate.recall, "pairs")
+        evaluate = evaluate.model_copy(update={"recall": recall if recall.by == LABEL else with_file(recall, "by")})
     if evaluate.mislabel is not None:
         evaluate = evaluate.model_copy(update={"mislabel": with_file(evaluate.mislabel, "examples")})
     if evaluate.lds is not None and evaluate.lds.store is not None:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
-import fsspec
 import numpy as np
 
-from gradstore.errors import DataError, SpecError
-from gradstore.lines import read_objects
+from gradstore.errors import DataError
+from gradstore.lines import read_rows
 from gradstore.spec import content_hash
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.store.features import FeatureStore
 
 _COLUMNS: Final = ("query", "example")
-_ENDINGS: Final = (".jsonl", ".csv", ".parquet")
 
 
 class Pair(NamedTuple):
@@ -39,20 +34,8 @@ def read_pairs(path: str, key: str) -> list[Pair]:
     DataError
         If it has no pairs, or a line has none of the columns, or not text in them.
     """
-    ending = PurePath(path).suffix
-    if ending not in _ENDINGS:
-        raise SpecError(f"{key}: found {path}; accepted: a file that ends in {', '.join(_ENDINGS)}.")
-    try:
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error}"
-        raise SpecError(f"{key}: found {path}; {reason}.") from error
-    read = {".jsonl": _from_jsonl, ".csv": _from_csv, ".parquet": _from_parquet}[ending]
-    pairs = [_pair(f"{path}:{line}", row) for line, row in read(path, content)]
-    if not pairs:
-        raise DataError(f"{path}: holds no pairs. Each is a row with the columns query and example.")
-    return pairs
+    rows = read_rows(path, key, _COLUMNS, "pair")
+    return [Pair(query=query, example=example, where=where) for where, (query, example) in rows]
 
 
 def hash_pairs(pairs: Sequence[Pair]) -> str:
@@ -109,43 +92,3 @@ def _rows(store: FeatureStore, set_name: str) -> dict[str, list[int]]:
         if example_id is not None:
             found.setdefault(example_id, []).append(row)
     return found
-
-
-def _pair(where: str, row: Any) -> Pair:
-    if not isinstance(row, Mapping) or not {*_COLUMNS} <= {*row}:
-        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(f"{where}: found the columns {found or 'none'}; a pair has the columns query and example.")
-    for column in _COLUMNS:
-        if not isinstance(row[column], str) or not row[column]:
-            raise DataError(f"{where}: {column} is {row[column]!r}; accepted: the id of an example, as text.")
-    return Pair(query=row["query"], example=row["example"], where=where)
-
-
-def _from_jsonl(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
-    return iter(read_objects(content, path))
-
-
-def _from_csv(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(_text(path, content), newline=""))
-    if reader.fieldnames is not None and not {*_COLUMNS} <= {*reader.fieldnames}:
-        _pair(f"{path}:1", dict.fromkeys(reader.fieldnames))
-    for row in reader:
-        yield reader.line_num, row
-
-
-def _from_parquet(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as parquet: {error}.") from error
-    yield from enumerate(table.to_pylist(), start=1)
-
-
-def _text(path: str, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not readable as text in UTF-8: {error}.") from error

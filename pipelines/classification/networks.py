@@ -1,4 +1,4 @@
-"""Two small classifiers of 28 x 28 gray images: a residual network of convolutions, and a vision transformer."""
+"""Small classifiers of gray images: a residual network of convolutions, a vision transformer, and a deep perceptron."""
 
 import torch
 from torch import Tensor, nn
@@ -79,3 +79,9 @@ class VisionTransformer(nn.Module):
 def vit(width: int = 32, depth: int = 4, heads: int = 2) -> nn.Module:
     """Make the vision transformer."""
     return VisionTransformer(width, depth, heads)
+
+
+def mlp(width: int = 64, depth: int = 12) -> nn.Module:
+    """Make the perceptron, of images of 8 x 8: linear layers with a ReLU between them."""
+    hidden = [layer for _ in range(depth - 2) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *hidden, nn.Linear(width, 10))

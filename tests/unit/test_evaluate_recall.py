@@ -77,6 +77,7 @@ def expected(scores: np.ndarray) -> dict[str, list[float]]:
     return {
         "query": [*CONTRIBUTORS],
         **{f"recall@{k}": [float(np.mean([rank <= k for rank in of])) for of in ranks.values()] for k in KS},
+        **{f"precision@{k}": [sum(rank <= k for rank in of) / k for of in ranks.values()] for k in KS},
         "reciprocal_rank": [1 / min(of) for of in ranks.values()],
     }
 
@@ -168,7 +169,7 @@ def test_a_random_ranking_finds_by_chance_and_is_the_same_every_time(tmp_path: P
         ({"pairs": "a.csv", "by": "label"}, "evaluate.recall: found both pairs and by"),
         ({"by": "label", "k": [3, 3]}, r"evaluate.recall.k: found \[3, 3\]; accepted: different numbers"),
         ({"by": "label", "k": []}, r"evaluate.recall.k: found \[\]; accepted: "),
-        ({"by": "topic"}, "evaluate.recall.by: found 'topic'; accepted: 'label'"),
+        ({"by": "label", "name": "a.b"}, "evaluate.recall.name: found 'a.b'"),
     ],
 )
 def test_tables_that_say_too_little_or_too_much_are_refused(changes: dict[str, Any], match: str) -> None:
@@ -197,10 +198,40 @@ def test_pairs_lie_beside_the_run(tmp_path: Path) -> None:
     assert recall.pairs == str(tmp_path / "pairs.csv")
 
 
+def test_examples_that_share_a_value_of_a_file_count_as_contributors_beside_those_of_another(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    rows = [row for row in range(ROWS["train"]) if row not in INVALID]
+    of = {query: [row for row in rows if row % 3 == query % 3] for query in range(ROWS["eval"])}
+    lines = [f"example {row},{row % 3}" for row in range(ROWS["train"])]
+    (tmp_path / "styles.csv").write_text("\n".join(["id,value", *lines]))
+    by_file = evaluate_recall(spec_of(store, by=str(tmp_path / "styles.csv"), name="style"), ENGINE, QUIET)
+    by_pairs = evaluate_recall(spec_of(store, pairs=pairs(tmp_path, of)), ENGINE, QUIET)
+
+    assert by_file == by_pairs
+    kept = EvaluationArtifact.open(store.storage, "recall.style", "block.given").read()
+    assert kept.to_pydict() == values(store, "block.given")
+
+
+def test_files_of_values_that_say_nothing_are_refused(store: FeatureStore, tmp_path: Path) -> None:
+    file = tmp_path / "styles.csv"
+    for content, match in (
+        ("id,value\nexample 0,a\nexample 0,b\n", r"styles\.csv:3: id 'example 0' has the value 'b', and 'a' before"),
+        ("id,value\nsome,a\n", r"evaluate\.recall\.by: found .*styles\.csv, and no eval query has a value"),
+        ("id,style\nexample 0,a\n", r"styles\.csv:2: found the columns id, style; a row has the columns id and value"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError, match=match):
+            evaluate_recall(spec_of(store, by=str(file)), ENGINE, QUIET)
+    with pytest.raises(SpecError, match=r"evaluate\.recall\.by: found topic; accepted: a file that ends in"):
+        evaluate_recall(spec_of(store, by="topic"), ENGINE, QUIET)
+    assert [*store.storage.list_objects("evaluations")] == []
+
+
 def test_what_there_is_nothing_to_measure_by_is_refused(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"evaluate.recall: is missing; accepted: a table \[evaluate.recall\]"):
         evaluate_recall(make_spec(store), ENGINE, QUIET)
-    with pytest.raises(DataError, match=r'evaluate\.recall\.by: found "label", and no eval query has a label'):
+    with pytest.raises(DataError, match=r'evaluate\.recall\.by: found "label", and no eval query has a value'):
         evaluate_recall(spec_of(store, by="label"), ENGINE, QUIET)
     with pytest.raises(SpecError, match=r"evaluate\.recall\.pairs: found none\.csv; there is no such file"):
         evaluate_recall(spec_of(store, pairs="none.csv"), ENGINE, QUIET)

@@ -11,6 +11,7 @@ from gradstore.numerics.metrics import (
     RankSearch,
     area_under_curve,
     compare_detection,
+    precision_of_ranks,
     recall_at_k,
     reciprocal_rank,
 )
@@ -98,11 +99,16 @@ def test_an_example_that_never_came_by_is_told() -> None:
         searched(np.ones((1, 4)), [np.array([2, 5])], [np.arange(4)])
 
 
-def test_recall_and_reciprocal_rank_by_hand() -> None:
+def test_recall_precision_and_reciprocal_rank_by_hand() -> None:
     ranks = np.array([9, 2, 30, 4])
 
     assert [recall_at_k(ranks, k=k) for k in (1, 2, 4, 9, 30)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [precision_of_ranks(ranks, k=k) for k in (1, 2, 4, 10, 30)] == [0, 0.5, 0.5, 0.3, 4 / 30]
     assert reciprocal_rank(ranks) == 0.5
-    for measure in (reciprocal_rank, lambda ranks: recall_at_k(ranks, k=1)):
+    for measure in (
+        reciprocal_rank,
+        lambda ranks: recall_at_k(ranks, k=1),
+        lambda ranks: precision_of_ranks(ranks, k=1),
+    ):
         with pytest.raises(DataError, match="without known contributors"):
             measure(np.array([], np.int64))

@@ -14,7 +14,7 @@ from gradstore.numerics.metrics.datamodeling import (
 from gradstore.numerics.metrics.detection import area_under_curve, compare_detection
 from gradstore.numerics.metrics.intervals import Comparison, Interval, mean_interval, paired_interval
 from gradstore.numerics.metrics.precision import chance_precision, precision_at_k
-from gradstore.numerics.metrics.retrieval import RankSearch, recall_at_k, reciprocal_rank
+from gradstore.numerics.metrics.retrieval import RankSearch, precision_of_ranks, recall_at_k, reciprocal_rank
 from gradstore.numerics.metrics.tail_patch import AdamState, tail_patch
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "mean_interval",
     "paired_interval",
     "precision_at_k",
+    "precision_of_ranks",
     "recall_at_k",
     "reciprocal_rank",
     "subset_mask",

@@ -1,4 +1,4 @@
-"""Recall@k and the reciprocal rank: where a ranking puts the examples that are known to have contributed."""
+"""Recall@k, precision@k and the reciprocal rank: where a ranking puts the examples that are known to have contributed."""
 
 from collections.abc import Sequence
 
@@ -71,6 +71,20 @@ def recall_at_k(ranks: Int64[np.ndarray, " _"], *, k: int) -> float:
     """
     _refuse_none(ranks)
     return float(np.mean(ranks <= k))
+
+
+def precision_of_ranks(ranks: Int64[np.ndarray, " _"], *, k: int) -> float:
+    r"""Share of the first k that are known contributors of the query: :math:`|\{r \le k\}| / k`.
+
+    It is what arXiv 2506.05647, Table 6, calls Recall@10, where there are more contributors than k.
+
+    Raises
+    ------
+    DataError
+        If the query has none.
+    """
+    _refuse_none(ranks)
+    return float(np.count_nonzero(ranks <= k) / k)
 
 
 def reciprocal_rank(ranks: Int64[np.ndarray, " _"]) -> float:
