@@ -10,11 +10,11 @@ from gradstore.stages.report import (
     UNWEIGHTED,
     Comparison,
     Group,
+    MeasuredRow,
     PrecisionRow,
     QueryReport,
     RankedExample,
     ReportData,
-    TailPatchRow,
     WeightVector,
 )
 from gradstore.stages.report.data import Side
@@ -97,10 +97,10 @@ def make_report(
             PrecisionRow(method="random", precision=0.19, chance=0.2),
         ],
         tail_patch=[
-            TailPatchRow(method="with learned weights", mean=0.61, ci_low=0.22, ci_high=1.03, queries=10),
-            TailPatchRow(method="without weights", mean=0.55, ci_low=0.18, ci_high=0.97, queries=10),
-            TailPatchRow(method="BM25", mean=0.48, ci_low=0.11, ci_high=0.86, queries=10),
-            TailPatchRow(method="random", mean=-0.04, ci_low=-0.31, ci_high=0.2, queries=10),
+            MeasuredRow(method="with learned weights", mean=0.61, ci_low=0.22, ci_high=1.03, queries=10),
+            MeasuredRow(method="without weights", mean=0.55, ci_low=0.18, ci_high=0.97, queries=10),
+            MeasuredRow(method="BM25", mean=0.48, ci_low=0.11, ci_high=0.86, queries=10),
+            MeasuredRow(method="random", mean=-0.04, ci_low=-0.31, ci_high=0.2, queries=10),
         ],
         comparisons=[
             Comparison(

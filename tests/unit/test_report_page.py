@@ -16,10 +16,10 @@ from gradstore.stages.report import (
     UNWEIGHTED,
     Comparison,
     Group,
+    MeasuredRow,
     PrecisionRow,
     RankedExample,
     ReportData,
-    TailPatchRow,
     render_page,
 )
 from gradstore.stages.report.page import TEXT_LIMIT
@@ -92,7 +92,7 @@ def filled_with(report: ReportData, text: str) -> ReportData:
             for query in report.queries
         ],
         precision=[PrecisionRow(method=text, precision=0.5, chance=0.2)],
-        tail_patch=[TailPatchRow(method=text, mean=1, ci_low=0, ci_high=2, queries=10)],
+        tail_patch=[MeasuredRow(method=text, mean=1, ci_low=0, ci_high=2, queries=10)],
         comparisons=[
             Comparison(measure="x", weights=text, difference=1, ci_low=low, ci_high=2, queries=10) for low in (-1, 1)
         ],

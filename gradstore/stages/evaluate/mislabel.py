@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,15 +18,14 @@ from gradstore.numerics.generator import derive_key, permutation, words
 from gradstore.spec import RunSpec, content_hash
 from gradstore.spec.evaluation import MislabelSection
 from gradstore.stages.contributions import valid_rows_of
-from gradstore.stages.evaluate.methods import described
-from gradstore.stages.evaluate.told import told_comparison
+from gradstore.stages.evaluate.told import AUC, NORMALIZED_AUC, compared_detection
 from gradstore.stages.evaluate.top_scores import top_means
 from gradstore.stages.featurize.tables import DAS, MARGIN
 from gradstore.stages.influence.totals import Asked, find_influence
 from gradstore.stages.progress import Progress
 from gradstore.stages.score.sources import RANDOM, Method, weighted_methods
 from gradstore.stages.self_influence import self_influence
-from gradstore.stages.weights import UNWEIGHTED, open_weights
+from gradstore.stages.weights import open_weights
 from gradstore.store.artifacts import EvaluationArtifact, SelfInfluenceArtifact
 from gradstore.store.examples import INPUT
 from gradstore.store.features import FeatureStore
@@ -35,8 +34,6 @@ MEASURE: Final = "mislabel"
 KEY: Final = "evaluate.mislabel"
 # The loss of an example: what is ranked by where nothing else is at hand.
 LOSS: Final = Method(name="loss")
-_RAW: Final = "auc"
-_NORMALIZED: Final = "auc normalized"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,7 +86,7 @@ def evaluate_mislabel(spec: RunSpec, engine: Engine, progress: Progress) -> dict
         "measure": MEASURE,
         "queries": len(looked.rows),
         "wrong": int(looked.wrong.sum()),
-        "methods": _told(found, looked.wrong, seed=spec.run.seed),
+        "methods": compared_detection(found, looked.wrong, seed=spec.run.seed),
     }
 
 
@@ -152,7 +149,7 @@ def _of_kernel(
         tops = top_means(spec, missing, looked.rows, section.top, progress) if section.top else {}
         for method in missing:
             own = _self_influence(spec, store, method, looked.rows)
-            values = {_RAW: own} | ({_NORMALIZED: own / tops[method]} if section.top else {})
+            values = {AUC: own} | ({NORMALIZED_AUC: own / tops[method]} if section.top else {})
             artifacts[method].write(_table(looked, values), facts={"rows": len(looked.rows)})
     return ((method, artifact.read()) for method, artifact in artifacts.items())
 
@@ -188,32 +185,10 @@ def _baselines(spec: RunSpec, store: FeatureStore, looked: _Looked) -> Iterator[
         }
         artifact = EvaluationArtifact.create(store.storage, MEASURE, method.artifact, settings=settings)
         if not artifact.is_complete():
-            artifact.write(_table(looked, {_RAW: values}), facts={"rows": len(looked.rows)})
+            artifact.write(_table(looked, {AUC: values}), facts={"rows": len(looked.rows)})
         yield method, artifact.read()
 
 
 def _table(looked: _Looked, values: Mapping[str, np.ndarray]) -> pa.Table:
     columns = {name: pa.array(of, pa.float64()) for name, of in values.items()}
     return pa.table({"example": pa.array(looked.rows, pa.int64()), "wrong": pa.array(looked.wrong), **columns})
-
-
-def _told(found: Sequence[tuple[Method, pa.Table]], wrong_N: np.ndarray, *, seed: int) -> list[dict[str, Any]]:
-    """AUC of each method and measure; differences of weights are to no weights under the same kernel."""
-    from gradstore.numerics.metrics import compare_detection
-
-    told: list[dict[str, Any]] = [{**described(method), "queries": len(wrong_N), "measures": {}} for method, _ in found]
-    for kernel in dict.fromkeys(method.kernel for method, _ in found):
-        for measure in (_RAW, _NORMALIZED):
-            scores = {
-                method.artifact: table[measure].to_numpy()
-                for method, table in found
-                if method.kernel == kernel and measure in table.column_names
-            }
-            if not scores:
-                continue
-            against = Method(name=UNWEIGHTED, kernel=kernel).artifact if kernel is not None else None
-            compared = compare_detection(scores, wrong_N, against=against, seed=seed)
-            for row, (method, _) in zip(told, found, strict=True):
-                if method.artifact in compared:
-                    row["measures"][measure] = told_comparison(compared[method.artifact])
-    return told

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from rich.console import RenderableType
 
+from gradstore.stages.evaluate.methods import described
+from gradstore.stages.score.sources import Method
 from gradstore.stages.weights import UNWEIGHTED
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from gradstore.numerics.metrics import Comparison
 
 _QUERY: Final = "query"
+AUC: Final = "auc"
+NORMALIZED_AUC: Final = "auc normalized"
 
 
 def compared(
@@ -48,6 +55,30 @@ def compared(
             measures[name] = told
         found.append({**of, "queries": len(columns[_QUERY]), "measures": measures})
     return found
+
+
+def compared_detection(
+    found: Sequence[tuple[Method, pa.Table]], wrong_N: np.ndarray, *, seed: int
+) -> list[dict[str, Any]]:
+    """Return the AUC of each method and measure; differences of weights are to no weights under the same kernel."""
+    from gradstore.numerics.metrics import compare_detection
+
+    told: list[dict[str, Any]] = [{**described(method), "queries": len(wrong_N), "measures": {}} for method, _ in found]
+    for kernel in dict.fromkeys(method.kernel for method, _ in found):
+        for measure in (AUC, NORMALIZED_AUC):
+            scores = {
+                method.artifact: table[measure].to_numpy()
+                for method, table in found
+                if method.kernel == kernel and measure in table.column_names
+            }
+            if not scores:
+                continue
+            against = Method(name=UNWEIGHTED, kernel=kernel).artifact if kernel is not None else None
+            compared = compare_detection(scores, wrong_N, against=against, seed=seed)
+            for row, (method, _) in zip(told, found, strict=True):
+                if method.artifact in compared:
+                    row["measures"][measure] = told_comparison(compared[method.artifact])
+    return told
 
 
 def told_comparison(comparison: Comparison) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from gradstore.stages.report.data import (
     Comparison,
     Group,
+    MeasuredRow,
     PrecisionRow,
     QueryReport,
     RankedExample,
     ReportData,
-    TailPatchRow,
     WeightVector,
 )
 from gradstore.stages.report.page import render_page
@@ -19,11 +19,11 @@ __all__ = [
     "UNWEIGHTED",
     "Comparison",
     "Group",
+    "MeasuredRow",
     "PrecisionRow",
     "QueryReport",
     "RankedExample",
     "ReportData",
-    "TailPatchRow",
     "WeightVector",
     "as_values",
     "render_page",

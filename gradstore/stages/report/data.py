@@ -15,6 +15,9 @@ Verdict = Literal["better", "worse", "unknown"]
 # With fewer, chance alone lets all of them agree in more than one case of twenty: 2^(1 - n) > 0.05.
 LEAST_QUERIES: Final = 6
 
+TAIL_PATCH: Final = ("Tail-patch", "% change of the log-probability of a query after one step on its proponents")
+"""What it is called, and what it says."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -88,14 +91,27 @@ class PrecisionRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TailPatchRow:
-    """Change of a query's log-probability after one step on a method's proponents, in percent: mean and 95 % interval."""
+class MeasuredRow:
+    """What a method is worth by a measure: mean over queries and 95 % interval.
+
+    ``difference`` is that to no weights under the same kernel, paired: mean and interval.
+    """
 
     method: str
     mean: float
     ci_low: float
     ci_high: float
     queries: int
+    difference: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTable:
+    """An evaluation by one measure: what it is called, what it says, and its methods."""
+
+    title: str
+    about: str
+    rows: Sequence[MeasuredRow]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +165,8 @@ class ReportData:
         Every weighting beside no weights, in every measure that both have; empty where none was learned.
     notes
         What the figures do not show, a sentence each.
+    evaluations
+        What `gradstore evaluate` measured, a table for each measure.
     pictures
         (what it shows, PNG) of each picture of what was measured by retraining.
     """
@@ -160,9 +178,10 @@ class ReportData:
     queries: Sequence[QueryReport]
     precision: Sequence[PrecisionRow] = ()
     precision_k: int = 10
-    tail_patch: Sequence[TailPatchRow] = ()
+    tail_patch: Sequence[MeasuredRow] = ()
     comparisons: Sequence[Comparison] = ()
     notes: Sequence[str] = ()
+    evaluations: Sequence[MeasuredTable] = ()
     pictures: Sequence[tuple[str, bytes]] = ()
 
     def __post_init__(self) -> None:

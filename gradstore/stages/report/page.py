@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from gradstore.stages.report.data import QueryReport, RankedExample, ReportData, Side, TailPatchRow
+from gradstore.stages.report.data import TAIL_PATCH, MeasuredRow, QueryReport, RankedExample, ReportData, Side
 from gradstore.stages.report.formatting import (
     Scale,
     clean_text,
@@ -90,12 +90,24 @@ class QueryView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntervalView:
-    """A tail-patch row on the axis that all rows share: places in percent of its width."""
+    """A row on the axis that all rows of its table share: places in percent of its width."""
 
-    row: TailPatchRow
+    row: MeasuredRow
     low: float
     mean: float
     high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntervalTable:
+    """A table of methods with their intervals, and the place of zero on its axis."""
+
+    title: str
+    about: str
+    rows: tuple[IntervalView, ...]
+    zero: float
+    has_differences: bool
+    queries: str
 
 
 def render_page(data: ReportData) -> str:
@@ -106,7 +118,6 @@ def render_page(data: ReportData) -> str:
     """
     layout = lay_out(data.groups)
     style, script = _package_file("report.css"), _package_file("report.js")
-    intervals, zero = _intervals(data.tail_patch)
     return (
         make_environment()
         .get_template("report.html.jinja")
@@ -115,11 +126,10 @@ def render_page(data: ReportData) -> str:
             layout=layout,
             charts=[draw_weights(vector, layout) for vector in data.weights],
             queries=[_view_query(query, layout) for query in data.queries],
-            intervals=intervals,
-            zero=zero,
+            tail_patch=_view_table(TAIL_PATCH, data.tail_patch),
+            evaluations=[_view_table((table.title, table.about), table.rows) for table in data.evaluations],
             findings=[(comparison.verdict, sentence(comparison)) for comparison in data.comparisons],
             pictures=[(text, b64encode(png).decode()) for text, png in data.pictures],
-            patched=_range([row.queries for row in data.tail_patch]),
             style=style,
             script=script,
             style_hash=policy_hash(style),
@@ -217,8 +227,10 @@ def _matches(query: QueryReport, ranked: Sequence[RankedExample]) -> int:
     return sum(example.label == query.label for example in ranked)
 
 
-def _intervals(rows: Sequence[TailPatchRow]) -> tuple[list[IntervalView], float]:
-    """The rows on one axis that holds every interval and zero; and the place of zero."""
+def _view_table(names: tuple[str, str], rows: Sequence[MeasuredRow]) -> IntervalTable | None:
+    """The rows on one axis that holds every interval and zero; None where there are none."""
+    if not rows:
+        return None
     ends = [end for row in rows for end in (row.ci_low, row.mean, row.ci_high) if math.isfinite(end)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     width = (high - low) or 1.0
@@ -226,10 +238,15 @@ def _intervals(rows: Sequence[TailPatchRow]) -> tuple[list[IntervalView], float]
     def place(value: float) -> float:
         return 2 + 96 * ((value if math.isfinite(value) else 0.0) - low) / width
 
-    views = [
+    views = tuple(
         IntervalView(row=row, low=place(row.ci_low), mean=place(row.mean), high=place(row.ci_high)) for row in rows
-    ]
-    return views, place(0.0)
+    )
+    title, about = names
+    has_differences = any(row.difference is not None for row in rows)
+    counts = [row.queries for row in rows]
+    return IntervalTable(
+        title=title, about=about, rows=views, zero=place(0.0), has_differences=has_differences, queries=_range(counts)
+    )
 
 
 def _range(counts: Sequence[int]) -> str:

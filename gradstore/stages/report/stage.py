@@ -17,13 +17,14 @@ from gradstore.stages.plots import pictures_of
 from gradstore.stages.report.comparison import compare
 from gradstore.stages.report.data import (
     Group,
+    MeasuredRow,
     PrecisionRow,
     QueryReport,
     RankedExample,
     ReportData,
-    TailPatchRow,
     WeightVector,
 )
+from gradstore.stages.report.evaluations import measured_tables
 from gradstore.stages.report.formatting import sentence
 from gradstore.stages.report.page import render_page
 from gradstore.stages.status import status
@@ -89,6 +90,7 @@ def as_values(data: ReportData) -> dict[str, Any]:
             {**asdict(comparison), "verdict": comparison.verdict, "says": sentence(comparison)}
             for comparison in data.comparisons
         ],
+        "evaluations": [asdict(table) for table in data.evaluations],
         "weights": {vector.name: dict(zip(groups, vector.weights, strict=True)) for vector in data.weights},
         "notes": list(data.notes),
     }
@@ -138,6 +140,7 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
         tail_patch=tail_patch,
         comparisons=compare(summaries, seed=store.run["run"]["seed"]),
         notes=notes,
+        evaluations=measured_tables(store, rankings[0]["kernel"]),
         pictures=_pictures(store),
     )
 
@@ -156,9 +159,9 @@ def _title(row: Mapping[str, Any]) -> str:
     return f"{row['kernel']}, {UNWEIGHTED if row['weights'] is None else 'weights ' + row['weights']}"
 
 
-def _tail_patch(row: Mapping[str, Any]) -> TailPatchRow:
+def _tail_patch(row: Mapping[str, Any]) -> MeasuredRow:
     patch = row["tail_patch"]
-    return TailPatchRow(
+    return MeasuredRow(
         method=_title(row), mean=patch["mean"], ci_low=patch["low"], ci_high=patch["high"], queries=patch["queries"]
     )
 

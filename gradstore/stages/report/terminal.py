@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradstore.stages.report.data import QueryReport, ReportData, WeightVector
+from gradstore.stages.report.data import TAIL_PATCH, MeasuredRow, QueryReport, ReportData, WeightVector
 from gradstore.stages.report.formatting import TIMES, Scale, one_line, ranking_title, sentence, signed
 from gradstore.stages.report.layers import Layout, lay_out
 
@@ -27,7 +27,8 @@ def render_tables(data: ReportData) -> list[RenderableType]:
     if data.precision:
         tables.append(_precision(data))
     if data.tail_patch:
-        tables.append(_tail_patch(data))
+        tables.append(_measured(", ".join(TAIL_PATCH), data.tail_patch))
+    tables += [_measured(f"{table.title}, {table.about}", table.rows) for table in data.evaluations]
     tables += [Text(one_line(sentence(comparison), 400)) for comparison in data.comparisons]
     tables += [_heaviest(vector, layout) for vector in data.weights]
     tables += [_proponents(number, query) for number, query in enumerate(data.queries[:NUM_QUERIES], start=1)]
@@ -42,14 +43,17 @@ def _precision(data: ReportData) -> Table:
     return table
 
 
-def _tail_patch(data: ReportData) -> Table:
-    table = _table(
-        "Tail-patch, % change of a query's log-probability", ("method", "mean %", "95 % interval", "queries")
-    )
-    for row in data.tail_patch:
+def _measured(title: str, rows: Sequence[MeasuredRow]) -> Table:
+    table = _table(one_line(title, 200), ("method", "mean", "95 % interval", "less no weights", "queries"))
+    for row in rows:
+        difference = "" if row.difference is None else _interval(*row.difference)
         interval = f"{signed(row.ci_low)} … {signed(row.ci_high)}"
-        table.add_row(_cell(row.method), signed(row.mean), interval, str(row.queries))
+        table.add_row(_cell(row.method), signed(row.mean), interval, difference, str(row.queries))
     return table
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{signed(mean)} ({signed(low)} … {signed(high)})"
 
 
 def _heaviest(vector: WeightVector, layout: Layout) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from gradstore.stages.contributions import Contributions, Reads, ScoreMatrix
 from gradstore.stages.progress import Progress
 from gradstore.stages.weights import UNWEIGHTED, open_weights, read_weights
 from gradstore.store.features import FeatureStore
+
+BASELINE: Final = "baseline"
+"""Stands for the kernel in names of what has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class Method:
     @property
     def artifact(self) -> str:
         """Name of its artifact below ``scores``."""
-        return f"{self.kernel or 'baseline'}.{self.name}"
+        return f"{self.kernel or BASELINE}.{self.name}"
 
 
 BM25, RANDOM = Method(name="bm25"), Method(name="random")

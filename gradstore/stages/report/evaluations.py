@@ -1,0 +1,104 @@
+"""What was measured by `gradstore evaluate`, read from a store: tables of the methods of one kernel and the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from gradstore.stages.evaluate import compared, compared_detection, described
+from gradstore.stages.report.data import TAIL_PATCH, MeasuredRow, MeasuredTable
+from gradstore.stages.score.sources import BASELINE, Method
+from gradstore.stages.weights import UNWEIGHTED
+from gradstore.store.artifacts import EvaluationArtifact, list_artifacts
+from gradstore.store.features import FeatureStore
+
+_HUNDRED: Final = 100.0
+_PERCENT: Final = "percent"
+_OF_LEARN: Final = ".learn"
+_GROUPS: Final = "groups"
+# By what the name of a measure begins with: what it is called, and what it says.
+_ABOUT: Final[Mapping[str, tuple[str, str]]] = {
+    "lds": (
+        "LDS",
+        "rank correlation, times 100, of scores with what models output that were trained on subsets; intervals are of the queries",
+    ),
+    "recall": ("Known contributors", "where rankings put the train examples that are known to have contributed"),
+    "tail_patch": TAIL_PATCH,
+    "mislabel": (
+        "Wrong labels",
+        "how surely self-influence comes before that of examples whose label is right, times 100",
+    ),
+}
+
+
+def measured_tables(store: FeatureStore, kernel: str) -> list[MeasuredTable]:
+    """Return what was measured of the rankings of a kernel, and of baselines, a table for each evaluation and measure."""
+    seed = int(store.run["run"]["seed"])
+    by_evaluation: dict[str, list[tuple[Method, pa.Table]]] = {}
+    for item in list_artifacts(store.storage):
+        if item.kind != "evaluation" or item.committed < item.total:
+            continue
+        evaluation, _, name = item.name.partition("/")
+        of_kernel, _, weights = name.partition(".")
+        # What is chosen by is not what is reported; groups have a picture.
+        if evaluation.endswith(_OF_LEARN) or weights == _GROUPS or of_kernel not in (kernel, BASELINE):
+            continue
+        table = EvaluationArtifact.open(store.storage, evaluation, name).read()
+        by_evaluation.setdefault(evaluation, []).append((_method(of_kernel, weights), table))
+    return [table for evaluation, found in sorted(by_evaluation.items()) for table in _tables(evaluation, found, seed)]
+
+
+def _method(kernel: str, name: str) -> Method:
+    if kernel == BASELINE:
+        return Method(name=name)
+    return Method(name=name, kernel=kernel, weights=None if name == UNWEIGHTED else name)
+
+
+def _tables(evaluation: str, found: Sequence[tuple[Method, pa.Table]], seed: int) -> Iterator[MeasuredTable]:
+    """Tables of one evaluation: without weights first, baselines last."""
+    kind, _, name = evaluation.partition(".")
+    title, about = _ABOUT[kind]
+    found = sorted(found, key=lambda item: (item[0].kernel is None, item[0].weights is not None, item[0].name))
+    if kind == "mislabel":
+        told = compared_detection(found, found[0][1]["wrong"].to_numpy(), seed=seed)
+    else:
+        told = compared([(described(method), _values(table)) for method, table in found], seed=seed)
+    measures = dict.fromkeys(measure for row in told for measure in row["measures"])
+    for measure in measures:
+        rows = [row for row in told if measure in row["measures"]]
+        factor = 1.0 if measure == _PERCENT else _HUNDRED
+        shown = title if measure in (_PERCENT, "correlation") else f"{title}, {measure.replace('_', ' ')}"
+        yield MeasuredTable(
+            title=f"{shown} ({name})" if name else shown,
+            about=about,
+            rows=[_row(row, row["measures"][measure], factor) for row in rows],
+        )
+
+
+def _values(table: pa.Table) -> dict[str, list[Any]]:
+    """Columns of numbers; a query of which a method says nothing counts as 0."""
+    found = {}
+    for name in table.column_names:
+        if pa.types.is_integer(table[name].type):
+            found[name] = table[name].to_pylist()
+        elif pa.types.is_floating(table[name].type):
+            found[name] = np.nan_to_num(table[name].to_numpy()).tolist()
+    return found
+
+
+def _row(row: Mapping[str, Any], told: Mapping[str, Any], factor: float) -> MeasuredRow:
+    mean, low, high = (factor * told[key] for key in ("mean", "low", "high"))
+    difference = told.get("difference")
+    return MeasuredRow(
+        method="BM25" if row["method"] == "bm25" else row["method"],
+        mean=mean,
+        ci_low=low,
+        ci_high=high,
+        queries=row["queries"],
+        difference=None
+        if difference is None
+        else (factor * difference["mean"], factor * difference["low"], factor * difference["high"]),
+    )
