@@ -46,7 +46,7 @@ simulate: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.simulation
 
 # The paper's tables in small, into pipelines/ and docs/results.md: hours, not in CI. One of them: make tables-language.
-STUDIES := classification ablations language smollm2 diffusion
+STUDIES := classification ablations perceptron language smollm2 diffusion
 
 tables: $(STUDIES:%=tables-%)
 
