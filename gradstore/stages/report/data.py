@@ -60,6 +60,8 @@ class RankedExample:
         S[q, n], the sum of ``parts``.
     parts
         The part w_j C[q, n, j] of each of the M groups in the score.
+    image
+        Address of the example's picture, where there is one.
     """
 
     side: Side
@@ -69,6 +71,7 @@ class RankedExample:
     text: str
     score: float
     parts: Sequence[float]
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,7 @@ class QueryReport:
     label: str | None
     text: str
     rankings: Mapping[str, Sequence[RankedExample]]
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ class RankedView:
     example_id: str
     strongest: tuple[tuple[str, str], ...]
     parts: str
+    image: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ class QueryView:
     text: str
     matches: tuple[int, ...]
     sides: tuple[SideView, ...]
+    image: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +127,9 @@ def render_page(data: ReportData) -> str:
             data=data,
             layout=layout,
             charts=[draw_weights(vector, layout) for vector in data.weights],
-            queries=[_view_query(query, layout) for query in data.queries],
-            tail_patch=_view_table(TAIL_PATCH, data.tail_patch),
-            evaluations=[_view_table((table.title, table.about), table.rows) for table in data.evaluations],
+            queries=[view_query(query, layout) for query in data.queries],
+            tail_patch=view_table(TAIL_PATCH, data.tail_patch),
+            evaluations=[view_table((table.title, table.about), table.rows) for table in data.evaluations],
             findings=[(comparison.verdict, sentence(comparison)) for comparison in data.comparisons],
             pictures=[(text, b64encode(png).decode()) for text, png in data.pictures],
             style=style,
@@ -138,7 +140,8 @@ def render_page(data: ReportData) -> str:
     )
 
 
-def _view_query(query: QueryReport, layout: Layout) -> QueryView:
+def view_query(query: QueryReport, layout: Layout) -> QueryView:
+    """Format a query with what every ranking holds for it."""
     rankings = tuple(query.rankings)
     proponents = {name: _of_side(query, name, "proponent") for name in rankings}
     return QueryView(
@@ -155,6 +158,7 @@ def _view_query(query: QueryReport, layout: Layout) -> QueryView:
             )
             for side, (title, caption) in CAPTIONS.items()
         ),
+        image=query.image,
     )
 
 
@@ -197,6 +201,7 @@ def _view_ranked(
         example_id=one_line(example.example_id, 200),
         strongest=tuple((layout.titles[j], scale.part(example.parts[j])) for j in strongest),
         parts=_encode_parts(example.parts, scale, layout),
+        image=example.image,
     )
 
 
@@ -227,7 +232,7 @@ def _matches(query: QueryReport, ranked: Sequence[RankedExample]) -> int:
     return sum(example.label == query.label for example in ranked)
 
 
-def _view_table(names: tuple[str, str], rows: Sequence[MeasuredRow]) -> IntervalTable | None:
+def view_table(names: tuple[str, str], rows: Sequence[MeasuredRow]) -> IntervalTable | None:
     """The rows on one axis that holds every interval and zero; None where there are none."""
     if not rows:
         return None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from pyarrow import compute
 
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.plan.sizes import gigabytes
@@ -19,21 +17,18 @@ from gradstore.stages.report.data import (
     Group,
     MeasuredRow,
     PrecisionRow,
-    QueryReport,
-    RankedExample,
     ReportData,
     WeightVector,
 )
 from gradstore.stages.report.evaluations import measured_tables
 from gradstore.stages.report.formatting import sentence
 from gradstore.stages.report.page import render_page
+from gradstore.stages.report.queries import read_queries
 from gradstore.stages.status import status
 from gradstore.stages.weights import UNWEIGHTED, read_weights
 from gradstore.store.artifacts import ScoresArtifact
-from gradstore.store.features import FeatureSet, FeatureStore
+from gradstore.store.features import FeatureStore
 
-# What is shown in the place of an example that was erased since it was ranked.
-_ERASED: Mapping[str, Any] = {"example_id": "(erased)", "label": None, "text": ""}
 # A page of more queries is slow to open; the scores in the store hold them all.
 MAX_QUERIES = 100
 SIGN_NOTE = (
@@ -98,25 +93,13 @@ def as_values(data: ReportData) -> dict[str, Any]:
 
 def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -> ReportData:
     """Read what a report shows from the store; ``found`` is its status."""
-    finished = [row for row in found["scores"] if row["committed"] == row["total"]]
-    kernels = sorted({row["kernel"] for row in finished})
-    if not finished:
-        raise NotReadyError(f"{store.storage.url}: there are no finished scores. Run `gradstore score` first.")
-    if kernel is None and len(kernels) > 1:
-        raise SpecError(
-            f"{store.storage.url}: has scores of the kernels {', '.join(kernels)}. Choose one with --kernel."
-        )
-    if kernel is not None and kernel not in kernels:
-        raise SpecError(f"--kernel: found {kernel!r}; {store.storage.url} has scores of: {', '.join(kernels)}.")
-    rankings = [row for row in finished if row["kernel"] == (kernel or kernels[0])]
+    rankings = rankings_of(found, kernel)
     made_from = ScoresArtifact.open(store.storage, rankings[0]["name"]).settings
     if "score_matrix" in made_from:
         raise NotReadyError(
             f"{store.storage.url}: of the kernel {rankings[0]['kernel']} there are scores alone, without the parts that a "
             'report shows. Set contribute.mode = "tensor", then run `gradstore run`.'
         )
-    # Without weights first: it is what the others are compared with.
-    rankings.sort(key=lambda row: (row["weights"] is not None, row["name"]))
     baselines = [row for row in found["baselines"] if row["committed"] == row["total"]]
     rows = [*rankings, *baselines]
     arrays = store.open_set("train").info.arrays
@@ -135,7 +118,7 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
         facts=_facts(store, found, rankings[0], made_from["contributions"]["kernel"]),
         groups=[Group(name=array.name, depth=array.depth, function=array.function) for array in arrays],
         weights=[_weights(store, row["weights"]) for row in rankings if row["weights"] is not None],
-        queries=_queries(store, rankings),
+        queries=read_queries(store, rankings, range(min(store.open_set("eval").info.rows, MAX_QUERIES))),
         precision=precision,
         tail_patch=tail_patch,
         comparisons=compare(summaries, seed=store.run["run"]["seed"]),
@@ -143,6 +126,28 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
         evaluations=measured_tables(store, rankings[0]["kernel"]),
         pictures=_pictures(store),
     )
+
+
+def rankings_of(found: Mapping[str, Any], kernel: str | None) -> list[Mapping[str, Any]]:
+    """Return the finished rankings by a kernel, or the only one, in a store's status: that without weights first.
+
+    Raises
+    ------
+    NotReadyError
+        If there are none.
+    SpecError
+        If there are none of this kernel, or of several and none is named.
+    """
+    finished = [row for row in found["scores"] if row["committed"] == row["total"]]
+    kernels = sorted({row["kernel"] for row in finished})
+    if not finished:
+        raise NotReadyError(f"{found['store']}: there are no finished scores. Run `gradstore score` first.")
+    if kernel is None and len(kernels) > 1:
+        raise SpecError(f"{found['store']}: has scores of the kernels {', '.join(kernels)}. Choose one with --kernel.")
+    if kernel is not None and kernel not in kernels:
+        raise SpecError(f"--kernel: found {kernel!r}; {found['store']} has scores of: {', '.join(kernels)}.")
+    rankings = [row for row in finished if row["kernel"] == (kernel or kernels[0])]
+    return sorted(rankings, key=lambda row: (row["weights"] is not None, row["name"]))
 
 
 def _pictures(store: FeatureStore) -> list[tuple[str, bytes]]:
@@ -218,44 +223,3 @@ def _feature_bytes(store: FeatureStore) -> int:
         info = store.open_set(name).info
         total += info.num_examples * info.row_bytes
     return total
-
-
-def _queries(store: FeatureStore, rankings: Sequence[Mapping[str, Any]]) -> list[QueryReport]:
-    """The first queries, each with its ranked examples; nothing is held of the rows and queries that are not shown."""
-    evaluated = store.open_set("eval")
-    shown = range(min(evaluated.info.rows, MAX_QUERIES))
-    tables = {}
-    for row in rankings:
-        table = ScoresArtifact.open(store.storage, row["name"]).read()
-        tables[row["weights"] or UNWEIGHTED] = table.filter(compute.less(table["query"], len(shown))).to_pylist()
-    texts = _texts(store.open_set("train"), {row["example"] for rows in tables.values() for row in rows})
-    by_query: list[dict[str, list[RankedExample]]] = [{name: [] for name in tables} for _ in shown]
-    for name, rows in tables.items():
-        for row in rows:
-            side, rank, score, parts = (row[key] for key in ("side", "rank", "score", "parts"))
-            ranked = RankedExample(side=side, rank=rank, score=score, parts=parts, **texts[row["example"]])
-            by_query[row["query"]][name].append(ranked)
-    queries = _texts(evaluated, set(shown))
-    return [
-        QueryReport(
-            query_id=queries[query]["example_id"],
-            label=queries[query]["label"],
-            text=queries[query]["text"],
-            rankings=by_query[query],
-        )
-        for query in shown
-        # A row of a gap is no query.
-        if query in queries
-    ]
-
-
-def _texts(feature_set: FeatureSet, rows: Collection[int]) -> dict[int, Mapping[str, Any]]:
-    """Id, label and text of some examples of a set, by row."""
-    found: dict[int, Mapping[str, Any]] = {}
-    for block in sorted({row // feature_set.info.block_rows for row in rows}):
-        start, _ = feature_set.info.block_range(block)
-        table = feature_set.read_inputs(block).select(["example_id", "label", "text"])
-        for index, row in enumerate(table.to_pylist()):
-            if start + index in rows:
-                found[start + index] = row if row["example_id"] is not None else _ERASED
-    return found
