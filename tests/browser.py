@@ -43,15 +43,15 @@ class Page:
                 assert "error" not in message, f"{method}: {message['error']}"
                 return message["result"]
 
-    async def open(self, path: Path, *, width: int, scheme: str = "light", scripts: bool = True) -> None:
-        """Load a file at a width of CSS pixels, in a light or dark colour scheme."""
+    async def open(self, place: Path | str, *, width: int, scheme: str = "light", scripts: bool = True) -> None:
+        """Load a file or an address at a width of CSS pixels, in a light or dark colour scheme."""
         for domain in ("Page", "Network", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         await self.call("Emulation.setDeviceMetricsOverride", **metrics)
         await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         await self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        await self.call("Page.navigate", url=path.as_uri())
+        await self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while (await self._receive()).get("method") != "Page.loadEventFired":
             pass
 

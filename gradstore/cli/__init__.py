@@ -8,6 +8,7 @@ queries      the command that asks a store
 evaluation   commands that measure what scores are worth
 clusters     the command for who runs a cluster
 jobs         commands for runs that go on by themselves
+viewer       the command that shows a store in a browser
 telling      who is told of the stages of a command
 """
 
@@ -15,11 +16,23 @@ from __future__ import annotations
 
 import sys
 
-from gradstore.cli import attribution, clusters, evaluation, jobs, queries, runs, stores, synth
+from gradstore.cli import attribution, clusters, evaluation, jobs, queries, runs, stores, synth, viewer
 from gradstore.cli.application import app
 from gradstore.errors import GradstoreError
 
-__all__ = ["app", "attribution", "clusters", "evaluation", "jobs", "main", "queries", "runs", "stores", "synth"]
+__all__ = [
+    "app",
+    "attribution",
+    "clusters",
+    "evaluation",
+    "jobs",
+    "main",
+    "queries",
+    "runs",
+    "stores",
+    "synth",
+    "viewer",
+]
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from gradstore.errors import GradstoreError
 from gradstore.store.features import FeatureStore
@@ -23,14 +24,15 @@ def main(folder: Path) -> None:
     if (folder / "augmented.csv").exists():
         return
     try:
-        block = FeatureStore.open(str(STORE)).open_set("train").read_inputs(0)
+        train = FeatureStore.open(str(STORE)).open_set("train")
+        examples = pa.concat_tables(train.read_inputs(number) for number in range(train.info.num_blocks))
     except GradstoreError as error:
         sys.exit(f"{error} It is made by `make tables-classification`, whose train examples are used here.")
     draw = np.random.default_rng(0)
-    rows = draw.choice(block.num_rows, NUM_IMAGES, replace=False)
-    images = np.array([np.array(block["input:image"][row].as_py(), np.uint8) for row in rows]).reshape(-1, 28, 28)
-    ids = [block["example_id"][row].as_py() for row in rows]
-    labels = np.array([int(block["label"][row].as_py()) for row in rows])
+    rows = draw.choice(examples.num_rows, NUM_IMAGES, replace=False)
+    images = np.array([np.array(examples["input:image"][row].as_py(), np.uint8) for row in rows]).reshape(-1, 28, 28)
+    ids = [examples["example_id"][row].as_py() for row in rows]
+    labels = np.array([int(examples["label"][row].as_py()) for row in rows])
     augmented = np.stack([changed(image, draw) for image in images])
     names = [f"{name} augmented" for name in ids]
     folder.mkdir(parents=True, exist_ok=True)

@@ -82,8 +82,21 @@
     details.querySelector(".strongest").before(layers);
   }
 
-  function browse() {
+  function sparks(article) {
+    for (const details of article.querySelectorAll("details[data-parts]")) {
+      if (!details.querySelector(".spark")) spark(details);
+    }
+  }
+
+  function parts() {
     const place = document.getElementById("queries").dataset;
+    sparks(document.querySelector(".query.current"));
+    document.addEventListener("toggle", ({ target }) => {
+      if (target.matches("details[data-parts]") && target.open && !target.querySelector(".layers")) drawLayers(target, place);
+    }, true);
+  }
+
+  function browse() {
     const articles = [...document.querySelectorAll(".query")];
     const links = [...document.querySelectorAll("nav a")];
     const picker = document.querySelector(".picker");
@@ -104,9 +117,7 @@
       article.classList.add("current");
       links[current].setAttribute("aria-current", "true");
       document.getElementById("position").textContent = current + 1;
-      for (const details of article.querySelectorAll("details[data-parts]")) {
-        if (!details.querySelector(".spark")) spark(details);
-      }
+      sparks(article);
       const list = document.getElementById("list");
       const item = links[current].parentElement;
       const above = item.offsetTop - list.offsetTop;
@@ -141,9 +152,6 @@
       if (event.key === "ArrowLeft") go(current - 1);
       if (event.key === "ArrowRight") go(current + 1);
     });
-    document.addEventListener("toggle", ({ target }) => {
-      if (target.matches("details[data-parts]") && target.open && !target.querySelector(".layers")) drawLayers(target, place);
-    }, true);
     // On a wide screen the list is always in sight: its button only tells the position.
     const fit = () => { choose.disabled = wide.matches; open(false); };
     wide.addEventListener("change", fit);
@@ -187,7 +195,8 @@
   }
 
   document.addEventListener("DOMContentLoaded", () => {
-    if (document.querySelector(".query")) browse();
+    if (document.querySelector(".query")) parts();
+    if (document.querySelector(".picker")) browse();
     twins();
     tips();
   });

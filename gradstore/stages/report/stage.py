@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gradstore.stages.output import replacing
 from gradstore.stages.plots import pictures_of
 from gradstore.stages.report.comparison import compare
 from gradstore.stages.report.data import (
+    Comparison,
     Group,
     MeasuredRow,
     PrecisionRow,
@@ -94,37 +95,63 @@ def as_values(data: ReportData) -> dict[str, Any]:
 def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -> ReportData:
     """Read what a report shows from the store; ``found`` is its status."""
     rankings = rankings_of(found, kernel)
+    summary = summarize(store, found, rankings)
+    arrays, num_queries = store.open_set("train").info.arrays, store.open_set("eval").info.rows
+    notes = [*summary.notes]
+    if num_queries > MAX_QUERIES:
+        notes.append(f"The page shows the first {MAX_QUERIES} queries; the store holds the scores of all.")
     made_from = ScoresArtifact.open(store.storage, rankings[0]["name"]).settings
-    if "score_matrix" in made_from:
+    return ReportData(
+        name=found["name"],
+        facts=_facts(store, found, rankings[0], made_from["contributions"]["kernel"]),
+        groups=[Group(name=array.name, depth=array.depth, function=array.function) for array in arrays],
+        weights=[_weights(store, row["weights"]) for row in rankings if row["weights"] is not None],
+        queries=read_queries(store, rankings, range(min(num_queries, MAX_QUERIES))),
+        precision=summary.precision,
+        tail_patch=summary.tail_patch,
+        comparisons=summary.comparisons,
+        notes=notes,
+        evaluations=measured_tables(store, rankings[0]["kernel"]),
+        pictures=_pictures(store),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How good the rankings of a kernel are, by what `score` measured: see `ReportData`."""
+
+    precision: Sequence[PrecisionRow]
+    tail_patch: Sequence[MeasuredRow]
+    comparisons: Sequence[Comparison]
+    notes: Sequence[str]
+
+
+def summarize(store: FeatureStore, found: Mapping[str, Any], rankings: Sequence[Mapping[str, Any]]) -> Summary:
+    """Tell how good some rankings and the baselines are; ``found`` is the store's status.
+
+    Raises
+    ------
+    NotReadyError
+        If there are scores alone, without their parts.
+    """
+    if "score_matrix" in ScoresArtifact.open(store.storage, rankings[0]["name"]).settings:
         raise NotReadyError(
             f"{store.storage.url}: of the kernel {rankings[0]['kernel']} there are scores alone, without the parts that a "
             'report shows. Set contribute.mode = "tensor", then run `gradstore run`.'
         )
-    baselines = [row for row in found["baselines"] if row["committed"] == row["total"]]
-    rows = [*rankings, *baselines]
-    arrays = store.open_set("train").info.arrays
-    summaries = [ScoresArtifact.open(store.storage, row["name"]).read_summary() for row in rankings]
+    rows = [*rankings, *(row for row in found["baselines"] if row["committed"] == row["total"])]
     precision = [
         PrecisionRow(method=_title(row), precision=row["precision_at_10"], chance=row["chance"])
         for row in rows
         if row["precision_at_10"] is not None
     ]
     tail_patch = [_tail_patch(row) for row in rows if row["tail_patch"] is not None]
-    notes = [SIGN_NOTE, *([PRECISION_NOTE] if precision else []), *([TAIL_PATCH_NOTE] if tail_patch else [])]
-    if store.open_set("eval").info.rows > MAX_QUERIES:
-        notes.append(f"The page shows the first {MAX_QUERIES} queries; the store holds the scores of all.")
-    return ReportData(
-        name=found["name"],
-        facts=_facts(store, found, rankings[0], made_from["contributions"]["kernel"]),
-        groups=[Group(name=array.name, depth=array.depth, function=array.function) for array in arrays],
-        weights=[_weights(store, row["weights"]) for row in rankings if row["weights"] is not None],
-        queries=read_queries(store, rankings, range(min(store.open_set("eval").info.rows, MAX_QUERIES))),
+    summaries = [ScoresArtifact.open(store.storage, row["name"]).read_summary() for row in rankings]
+    return Summary(
         precision=precision,
         tail_patch=tail_patch,
         comparisons=compare(summaries, seed=store.run["run"]["seed"]),
-        notes=notes,
-        evaluations=measured_tables(store, rankings[0]["kernel"]),
-        pictures=_pictures(store),
+        notes=[SIGN_NOTE, *([PRECISION_NOTE] if precision else []), *([TAIL_PATCH_NOTE] if tail_patch else [])],
     )
 
 

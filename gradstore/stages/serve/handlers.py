@@ -1,0 +1,247 @@
+"""What answers: pages, pictures of examples, and the files that pages are drawn with; to whom it may."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from typing import Any, Final
+
+from tornado.web import Application, HTTPError, RequestHandler, url
+
+from gradstore.errors import GradstoreError, NotReadyError, SpecError
+from gradstore.stages.serve.pages import Pages
+
+_LOG = logging.getLogger(__name__)
+_COOKIE: Final = "gradstore-token"
+_STATIC: Final = {
+    "report.css": ("gradstore.stages.report", "text/css"),
+    "report.js": ("gradstore.stages.report", "text/javascript"),
+    "viewer.css": ("gradstore.stages.serve", "text/css"),
+    "viewer.js": ("gradstore.stages.serve", "text/javascript"),
+}
+_HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; form-action 'self'; "
+        "base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+    "Server": "gradstore",
+}
+_NAME: Final = r"([A-Za-z0-9][A-Za-z0-9_.-]*)"
+_ROW: Final = "([0-9]{1,9})"
+_MOST_DIGITS: Final = 9
+
+
+def make_application(pages: Pages, token: str | None, threads: ThreadPoolExecutor) -> Application:
+    """Return what answers requests: by pages, which some threads make; to readers who know the token, if there is one."""
+    shared = {"pages": pages, "token": token, "threads": threads}
+    files = "|".join(name.replace(".", r"\.") for name in _STATIC)
+    routes: Sequence[tuple[str, type[RequestHandler]]] = (
+        ("/", Overview),
+        ("/health", Health),
+        ("/queries", Queries),
+        (f"/queries/{_NAME}/{_ROW}", Query),
+        ("/weights", Weights),
+        ("/evaluations", Evaluations),
+        ("/jobs", Jobs),
+        (f"/jobs/{_NAME}", Job),
+        (rf"/images/{_NAME}/{_ROW}\.png", Picture),
+        (f"/static/({files})", Static),
+    )
+    return Application(
+        [url(pattern, handler, shared) for pattern, handler in routes],
+        default_handler_class=Nothing,
+        default_handler_args=shared,
+        # Addresses hold the token once, and a log is no place for it.
+        log_function=lambda _: None,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine as only it can see itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Handler(RequestHandler):
+    """What all answers have in common. They answer questions alone: nothing here changes a store."""
+
+    SUPPORTED_METHODS = ("GET", "HEAD")
+
+    def initialize(self, pages: Pages, token: str | None, threads: ThreadPoolExecutor) -> None:
+        """Take what is shared."""
+        self.pages, self.token, self.threads = pages, token, threads
+
+    def set_default_headers(self) -> None:
+        """Let no other page, script or frame take part."""
+        for name, value in _HEADERS.items():
+            self.set_header(name, value)
+
+    def prepare(self) -> None:
+        """Refuse strangers: who asks by another name than the loopback's, as a page from elsewhere would, or knows no token."""
+        if self.token is None:
+            if not is_loopback(self.request.host_name.strip("[]")):
+                self.refuse(403, "Unknown host", f"this server is on the loopback, and not {self.request.host_name}.")
+            return
+        given = self.get_query_argument("token", None)
+        if given is not None and _equal(given, self.token):
+            # The token goes where neither links nor a history of pages show it.
+            self.set_cookie(_COOKIE, self.token, httponly=True, samesite="Strict")
+            self.redirect(self.request.path)
+        elif not _equal(self.get_cookie(_COOKIE) or "", self.token):
+            self.refuse(401, "A token is needed", "open the address that `gradstore serve` printed.")
+
+    async def get(self, *found: str) -> None:
+        """Answer with what is made of the request."""
+        loop = asyncio.get_running_loop()
+        try:
+            answer = await loop.run_in_executor(self.threads, self.make, *found)
+        except NotReadyError as error:
+            self.refuse(404, "Not there", str(error))
+        except SpecError as error:
+            self.refuse(400, "This cannot be shown", str(error))
+        except GradstoreError as error:
+            self.refuse(500, "The store cannot be read", str(error))
+        else:
+            self.finish(answer)
+
+    async def head(self, *found: str) -> None:
+        """Answer without a body."""
+        await self.get(*found)
+
+    def make(self, *found: str) -> str | bytes:
+        """Return the answer, made of what the address holds."""
+        raise NotImplementedError
+
+    def refuse(self, code: int, title: str, text: str) -> None:
+        """Answer with a page that says why there is no other."""
+        self.set_status(code)
+        self.set_header("Content-Type", "text/html; charset=UTF-8")
+        self.finish(self.pages.failure(title, text))
+
+    def write_error(self, status_code: int, **_: Any) -> None:
+        """Say no more than that: what our own defects look like is for the terminal."""
+        self.refuse(status_code, "Not answered", f"{self.request.method} {self.request.path}")
+
+    def log_exception(self, kind: Any, value: BaseException | None, trace: Any) -> None:
+        """Tell the terminal of our own defects; not with the whole address, which may hold the token."""
+        if not isinstance(value, HTTPError):
+            _LOG.error("%s %s", self.request.method, self.request.path, exc_info=value)
+
+    def chosen(self, name: str) -> str | None:
+        """An argument, or None where it is empty."""
+        return self.get_query_argument(name, None) or None
+
+
+class Overview(Handler):
+    """The first page."""
+
+    def make(self, *_: str) -> str:
+        """See `Handler`."""
+        return self.pages.overview()
+
+
+class Health(Handler):
+    """What is wrong with the store."""
+
+    def make(self, *_: str) -> str:
+        """See `Handler`."""
+        return self.pages.health()
+
+
+class Queries(Handler):
+    """The list of queries."""
+
+    def make(self, *_: str) -> str:
+        """See `Handler`."""
+        first = self.get_query_argument("from", "0")
+        if not (first.isascii() and first.isdigit() and len(first) <= _MOST_DIGITS):
+            raise SpecError("from: accepted: the number of a query.")
+        return self.pages.queries(self.chosen("kernel"), self.get_query_argument("q", ""), int(first))
+
+
+class Query(Handler):
+    """A query with its examples."""
+
+    def make(self, *found: str) -> str:
+        """See `Handler`."""
+        kernel, row = found
+        return self.pages.query(kernel, int(row), self.get_query_arguments("by"))
+
+
+class Weights(Handler):
+    """Weights, one beside another."""
+
+    def make(self, *_: str) -> str:
+        """See `Handler`."""
+        return self.pages.weights(self.get_query_arguments("of"))
+
+
+class Evaluations(Handler):
+    """What was measured."""
+
+    def make(self, *_: str) -> str:
+        """See `Handler`."""
+        return self.pages.evaluations(self.chosen("kernel"))
+
+
+class Jobs(Handler):
+    """The jobs."""
+
+    def make(self, *_: str) -> str:
+        """See `Handler`."""
+        return self.pages.jobs()
+
+
+class Job(Handler):
+    """One job."""
+
+    def make(self, *found: str) -> str:
+        """See `Handler`."""
+        return self.pages.job(found[0])
+
+
+class Picture(Handler):
+    """The pixels of an example."""
+
+    def make(self, *found: str) -> bytes:
+        """See `Handler`."""
+        set_name, row = found
+        picture = self.pages.examples.picture(set_name, int(row))
+        self.set_header("Content-Type", "image/png")
+        return picture
+
+
+class Static(Handler):
+    """Files that lie beside the code."""
+
+    def make(self, *found: str) -> bytes:
+        """See `Handler`."""
+        package, kind = _STATIC[found[0]]
+        self.set_header("Content-Type", f"{kind}; charset=UTF-8")
+        return resources.files(package).joinpath(found[0]).read_bytes()
+
+
+class Nothing(Handler):
+    """What there is no page for."""
+
+    def make(self, *_: str) -> str:
+        """See `Handler`."""
+        raise NotReadyError(f"there is no page {self.request.path}.")
+
+
+def _equal(given: str, token: str) -> bool:
+    """Whether two texts are the same, in a time that does not tell where they differ."""
+    return hmac.compare_digest(given.encode(), token.encode())
