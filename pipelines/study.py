@@ -1,8 +1,10 @@
-"""Runs a study - train, attribute, evaluate - and writes its tables: ``python pipelines/study.py pipelines/classification``; with ``--pages`` its pages alone are written again.
+"""Runs a study - train, attribute, evaluate - and writes its tables: ``python pipelines/study.py pipelines/classification``.
 
 A folder's study.toml lists tables, and of each the rows: a label and a run.toml; and which weights one run's store is given of
-another's. What is done already is kept, so that a study that was stopped goes on where it was. Beside study.toml are written results.md, and results.json with all that the commands
-told; values of every query are in values.parquet. docs/results.md has the results of all studies.
+another's. What is done already is kept, so that a study that was stopped goes on where it was. With a second argument only such runs
+are made whose names begin with it, and with ``--pages`` none: pages are written again. Beside study.toml are written results.md,
+and results.json with all that the commands told; values of every query are in values.parquet. docs/results.md has the results of
+all studies.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import compute, parquet
 from scipy.stats import rankdata
 
 from gradstore.spec import read_spec
@@ -38,59 +40,69 @@ learned ones; where there was a choice, kernel, k and weight decay are those of 
 column. The difference is paired. Values of every query lie beside each study in pipelines/."""
 
 
-def main(folder: Path, *, anew: bool = True) -> None:
-    """Run what is missing of a study, and write its tables; or write them again from results.json alone."""
+def main(folder: Path, *, anew: bool = True, only: str = "") -> None:
+    """Run what is missing of a study, and write its tables; or write them again from results.json alone.
+
+    ``only`` is what the names of runs begin with that are run; what was measured by others is left as it is.
+    """
     study = tomllib.loads((folder / "study.toml").read_text(encoding="utf-8"))
     results = folder / "results.json"
     if anew:
-        made = {
-            "date": datetime.now(tz=UTC).date().isoformat(),
-            "commit": output("git", "rev-parse", "--short", "HEAD"),
-            "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        }
-        # Whoever stops it has what was measured so far.
-        for found in run(folder, study):
-            results.write_text(json.dumps({**made, "runs": found}, indent=1) + "\n", encoding="utf-8")
-        write_values(folder)
+        found = json.loads(results.read_text(encoding="utf-8"))["runs"] if results.exists() else {}
+        for run_name, measure, told in run(folder, study, only):
+            found.setdefault(run_name, {})[measure] = {**told, "made": made()}
+            # Whoever stops it has what was measured so far.
+            results.write_text(json.dumps({"runs": found}, indent=1) + "\n", encoding="utf-8")
+        write_values(folder, study, only)
     told = json.loads(results.read_text(encoding="utf-8"))
-    (folder / "results.md").write_text("\n".join(page(folder, study, told)) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text("\n".join(page(folder, study, told["runs"])) + "\n", encoding="utf-8")
     write_pages(folder.parent)
 
 
-def run(folder: Path, study: Told) -> Iterator[dict[str, dict[str, Told]]]:
-    """Yield, after every command that measures, what the commands told so far, by run and measure."""
+def made() -> dict[str, str]:
+    """When, by which code and on what something is measured."""
+    return {
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+
+
+def run(folder: Path, study: Told, only: str) -> Iterator[tuple[str, str, Told]]:
+    """Yield of every run, and of all that it measures, what the command told."""
     if "prepare" in study:
         subprocess.run([sys.executable, folder / study["prepare"]], check=True)
-    made: set[str] = set()
-    transfers = study.get("transfers", [])
+    finished: set[str] = set()
+    transfers = [] if only else study.get("transfers", [])
     for transfer in transfers:
-        make(folder, transfer, made)
-        make(folder, {"run": transfer["into"], "train": False}, made)
+        make(folder, transfer, finished)
+        make(folder, {"run": transfer["into"], "train": False}, finished)
     for transfer in transfers:
         source, into = (read_spec(folder / transfer[key]).run.store for key in ("run", "into"))
         gradstore(
             folder, "transfer", source, transfer["weights"], into, "--as", transfer.get("as", transfer["weights"])
         )
-    found: dict[str, dict[str, Told]] = {}
+    measured: set[tuple[str, str]] = set()
     for table in study["tables"]:
         for row in table["rows"]:
-            make(folder, row, made)
-            measures = found.setdefault(row["run"], {})
-            if table["measure"] not in measures:
-                told = json.loads(gradstore(folder, "evaluate", table["measure"], row["run"], "--json"))
-                weights = learned_weights(told.pop("store"), told["methods"])
-                measures[table["measure"]] = {**told, "weights": weights}
-                yield found
+            asked = row["run"], table["measure"]
+            if asked in measured or not row["run"].startswith(only):
+                continue
+            make(folder, row, finished)
+            told = json.loads(gradstore(folder, "evaluate", table["measure"], row["run"], "--json"))
+            weights = learned_weights(told.pop("store"), told["methods"])
+            measured.add(asked)
+            yield (*asked, {**told, "weights": weights})
 
 
-def make(folder: Path, row: Told, made: set[str]) -> None:
+def make(folder: Path, row: Told, finished: set[str]) -> None:
     """Train a run's model, unless it is another's, and attribute; once."""
-    if row["run"] in made:
+    if row["run"] in finished:
         return
     if row.get("train", True):
         gradstore(folder, "train", row["run"])
     gradstore(folder, "run", row["run"])
-    made.add(row["run"])
+    finished.add(row["run"])
 
 
 def learned_weights(url: str, methods: Iterable[Told]) -> dict[str, list[float]]:
@@ -127,13 +139,9 @@ def gradstore(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def page(folder: Path, study: Told, results: Told) -> Iterator[str]:
+def page(folder: Path, study: Told, found: Mapping[str, Mapping[str, Told]]) -> Iterator[str]:
     """Lines of markdown: the tables, with what they were made by."""
-    found = results["runs"]
-    yield (
-        f"{results['date']}, commit {results['commit']}, {results['machine']}, seed {study['seed']}. 95 % intervals; LDS and AUC "
-        "times 100."
-    )
+    yield f"Seed {study['seed']}. 95 % intervals; LDS, AUC and precision times 100. Measured: {'; '.join(when(found))}."
     for table in study["tables"]:
         yield from ("", f"### {table['name']}", "")
         if table.get("shows") == "similarity":
@@ -152,6 +160,18 @@ def page(folder: Path, study: Told, results: Told) -> Iterator[str]:
             yield from baselines_of(of, row["told"], table.get("of"))
     if findings := study.get("findings"):
         yield from ("", findings.strip())
+
+
+def when(found: Mapping[str, Mapping[str, Told]]) -> Iterator[str]:
+    """When and by what runs were measured; of several times also which."""
+    runs: dict[str, list[str]] = {}
+    for name, measures in found.items():
+        for told in measures.values():
+            made_by = told["made"]
+            line = f"{made_by['date']}, commit {made_by['commit']}, {made_by['machine']}"
+            runs.setdefault(line, []).append(name.removesuffix(".toml"))
+    for line, names in runs.items():
+        yield line if len(runs) == 1 else f"{line} ({', '.join(dict.fromkeys(names))})"
 
 
 def rows_of(row: Told, told: Told, of: str | None) -> Iterator[str]:
@@ -220,17 +240,18 @@ def factor_of(told: Told) -> float:
     return 1 if told["measure"] == "tail_patch" else _HUNDRED
 
 
-def write_values(folder: Path) -> None:
+def write_values(folder: Path, study: Told, only: str) -> None:
     """Write what means and intervals are computed of: values of every query by all methods of all runs, and what they come from.
 
     values.parquet has a row for each store, evaluation, query (or example), group and measure; of LDS also ``ranks``, those that
     the sums of scores give the subsets. outputs.parquet has what retrained models output: name, subset, seed, set, query, output.
+    Rows of stores of other runs than those that ``only`` names are left as they are.
     """
-    study = tomllib.loads((folder / "study.toml").read_text(encoding="utf-8"))
-    runs = {row["run"] for table in study["tables"] for row in table["rows"]}
+    runs = {row["run"] for table in study["tables"] for row in table["rows"] if row["run"].startswith(only)}
     measured: list[pa.Table] = []
     outputs: list[pa.Table] = []
-    for url in sorted({read_spec(folder / run).run.store for run in runs}):
+    urls = sorted({read_spec(folder / run).run.store for run in runs})
+    for url in urls:
         store = FeatureStore.open(url)
         for artifact in list_artifacts(store.storage):
             names, of = artifact.name.split("/"), {"store": Path(url).name}
@@ -240,9 +261,13 @@ def write_values(folder: Path) -> None:
                 subset, seed = map(int, names[1].split("."))
                 table = RetrainedArtifact.open(store.storage, *names).read()
                 outputs.append(with_columns(table, {**of, "name": names[0], "subset": subset, "seed": seed}))
-    parquet.write_table(pa.concat_tables(measured, promote_options="default"), folder / "values.parquet", **PACKED)
-    if outputs:
-        parquet.write_table(pa.concat_tables(outputs), folder / "outputs.parquet", **PACKED)
+    renewed = {Path(url).name for url in urls}
+    for file, tables in ((folder / "values.parquet", measured), (folder / "outputs.parquet", outputs)):
+        if file.exists():
+            before = parquet.read_table(file)
+            tables.insert(0, before.filter(compute.invert(compute.is_in(before["store"], pa.array([*renewed])))))
+        if tables:
+            parquet.write_table(pa.concat_tables(tables, promote_options="default"), file, **PACKED)
 
 
 def evaluation_tables(table: pa.Table, names: list[str], of: Mapping[str, str]) -> Iterator[pa.Table]:
@@ -284,4 +309,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), anew="--pages" not in sys.argv)
+    main(Path(sys.argv[1]), anew="--pages" not in sys.argv, only=next(iter(sys.argv[2:]), "").removeprefix("--pages"))
