@@ -32,6 +32,7 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 
 docs: $(INSTALLED)
+	$(BIN)/typer gradstore.cli utils docs --name gradstore --title Commands --output docs/commands.md >/dev/null
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 bench: $(INSTALLED)
@@ -53,9 +54,9 @@ tables: $(STUDIES:%=tables-%)
 tables-%: $(INSTALLED)
 	$(BIN)/python pipelines/study.py pipelines/$*
 
-# Pictures of the viewer for docs/, of the store that `make demo` makes.
-screenshots: demo
-	SCREENSHOTS=runs/demo $(BIN)/pytest -m slow -k screenshots tests/slow/test_viewer_in_a_browser.py
+# Pictures of the viewer for docs/, of the store of images that `make tables-classification` makes.
+screenshots: $(INSTALLED)
+	SCREENSHOTS=runs/classification/cnn $(BIN)/pytest -m slow -k screenshots tests/slow/test_viewer_in_a_browser.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

@@ -20,6 +20,9 @@ Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's file; `
 Store = Annotated[str, typer.Argument(metavar="STORE", help="A directory or s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+RedactText = Annotated[
+    bool, typer.Option("--redact-text", help="Show no text and no image of queries and examples: ids and labels alone.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gradstore.cli.application import Json, Quiet, Store, app, draw
+from gradstore.cli.application import Json, Quiet, RedactText, Store, app, draw
 from gradstore.errors import StoppedError
 
 
@@ -46,6 +46,7 @@ def query(  # noqa: PLR0913 - typer takes a command's options from its parameter
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where the model computes.")
     ] = "auto",
+    redact_text: RedactText = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,6 +66,8 @@ def query(  # noqa: PLR0913 - typer takes a command's options from its parameter
             answers = stage(session, asked, k, truncate=truncate, exact=exact)
     except KeyboardInterrupt:
         raise StoppedError("stopped. The store is as it was.") from None
+    if redact_text:
+        answers = [answer.redacted() for answer in answers]
     if as_json:
         typer.echo(json.dumps({"store": store, "answers": [answer.to_json() for answer in answers]}))
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstore.cli.application import DryRun, Json, Quiet, Store, app, draw
+from gradstore.cli.application import DryRun, Json, Quiet, RedactText, Store, app, draw
 from gradstore.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ def report(
     kernel: Annotated[
         str | None, typer.Option("--kernel", help="Which kernel's rankings, where a store has several.")
     ] = None,
+    redact_text: RedactText = False,
     as_json: Json = False,
 ) -> None:
     """Print the tables of a finished run and write its page, one HTML file that needs no network."""
     from gradstore.stages.report import as_values, render_tables
     from gradstore.stages.report import report as stage
 
-    found, page = stage(store, output, kernel)
+    found, page = stage(store, output, kernel, redact=redact_text)
     if as_json:
         typer.echo(json.dumps({**as_values(found), "report": str(page)}))
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli.application import Quiet, Store, app
+from gradstore.cli.application import Quiet, RedactText, Store, app
 
 
 @app.command()
@@ -18,6 +18,7 @@ def serve(
         str, typer.Option("--host", help="The address to listen on; any but the loopback asks for a token.")
     ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes a free one.")] = 8321,
+    redact_text: RedactText = False,
     quiet: Quiet = False,
 ) -> None:
     """Show a store in a browser, until Ctrl-C: parts, queries, weights, evaluations, jobs and health. It only reads."""
@@ -29,4 +30,4 @@ def serve(
         if not quiet:
             typer.echo("Ctrl-C ends it.", err=True)
 
-    stage(Serving.of(store, host, port, os.environ.get(TOKEN) or None), told)
+    stage(Serving.of(store, host, port, os.environ.get(TOKEN) or None), told, redact=redact_text)

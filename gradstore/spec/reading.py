@@ -13,6 +13,7 @@ from gradstore.errors import SpecError
 from gradstore.spec.data import SPLITS, DataSection, SplitSection
 from gradstore.spec.evaluation import LABEL
 from gradstore.spec.sections import RunSpec
+from gradstore.spec.urls import refuse_credentials
 
 T = TypeVar("T", bound=BaseModel)
 _METHOD: Final = "method:"
@@ -79,6 +80,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def parse_spec(values: Mapping[str, Any], *, origin: str = "run.toml", folder: Path | None = None) -> RunSpec:
     """Check the values of a run.toml; see `read_spec`."""
     try:
+        refuse_credentials("", values)
         spec = RunSpec.model_validate(dict(values))
     except ValidationError as error:
         raise SpecError(f"{origin}: {explain(error, values, RunSpec)}") from error

@@ -17,6 +17,9 @@ import pyarrow as pa
 INPUT: Final = "input:"
 """Prefix of the columns that hold an example's inputs: ``input:tokens``."""
 
+REDACTED: Final = "(redacted)"
+"""Stands for the text of an example where that is not to be shown."""
+
 _FACTS: Final = (
     ("example_id", pa.string()),
     ("source", pa.string()),

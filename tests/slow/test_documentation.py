@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from tests.runs import gradstore
 from tests.slow.conftest import ROOT
@@ -32,6 +35,19 @@ def test_a_block_of_python_runs_beside_the_demo(demo: Path, page: str, code: str
         [sys.executable, "-W", "error", "-c", code], cwd=demo, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").rglob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_runs_beside_the_demo(demo: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Notebooks call commands by their names.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+
+    ran = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(demo)}}).execute()
+
+    printed = "".join(output.get("text", "") for cell in ran.cells for output in cell.get("outputs", []))
+    assert "without weights" in printed
+    assert any("image/png" in output.get("data", {}) for cell in ran.cells for output in cell.get("outputs", []))
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("sh"))

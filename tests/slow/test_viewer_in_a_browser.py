@@ -178,17 +178,18 @@ def test_pages_are_whole_without_scripts(browser: Browser, address: str) -> None
     browser.visit(look)
 
 
-@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="make screenshots takes them, of the demo's store")
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="make screenshots takes them, of a store of images")
 def test_the_screenshots_of_the_docs(browser: Browser) -> None:
     folder = Path(__file__).parents[2] / "docs" / "images"
     folder.mkdir(exist_ok=True)
-    shown = {"overview": "/", "query": "/queries/block/3", "weights": "/weights"}
 
     async def look(page: Page) -> None:
-        for name, place in shown.items():
-            await page.open(demo + place, width=1100)
+        await page.open(f"{images}/queries", width=1100)
+        query = await page.run("document.querySelector('.listed li:nth-child(4) a').getAttribute('href')")
+        for name, place in {"query": query, "weights": "/weights", "evaluations": "/evaluations"}.items():
+            await page.open(images + place, width=1100)
             await page.run(settled())
             (folder / f"viewer-{name}.png").write_bytes(await page.screenshot())
 
-    with served(os.environ["SCREENSHOTS"]) as demo:
+    with served(os.environ["SCREENSHOTS"]) as images:
         browser.visit(look)

@@ -19,7 +19,7 @@ from gradstore.stages.serve import Serving
 from gradstore.stages.serve.pages import Pages
 from gradstore.store.examples import from_table
 from gradstore.store.features import FeatureStore
-from tests.runs import command, gradstore
+from tests.runs import TOPICS, command, gradstore
 from tests.stores import all_objects
 from tests.unit.test_evaluate_mislabel import attribute
 from tests.viewer import HOSTILE, Answer, ask, make_hostile_run, served
@@ -172,6 +172,35 @@ def test_an_address_for_others_gets_a_token_and_a_weak_one_is_refused() -> None:
         Serving.of("store", "0.0.0.0", 0, "short")
     with pytest.raises(SpecError, match="--host: found 'my machine'; accepted: an address of this machine"):
         Serving.of("store", "my machine", 0, None)
+
+
+def test_no_text_is_shown_where_that_is_asked_for(store: str) -> None:
+    pages = Pages(url=store, redact=True)
+    examples = FeatureStore.open(store).open_set("eval").read_inputs(0).slice(0, 1).to_pylist()[0]
+
+    for page in (pages.queries(None, "", 0), pages.query("block", 0, [])):
+        assert examples["text"].split()[0] not in page
+    assert "(redacted)" in pages.query("block", 0, [])
+    assert "Query 0" in pages.query("block", 0, [])
+    # Nor is it told by what it is found with.
+    assert "0 queries with" in pages.queries(None, examples["text"].split()[0], 0)
+
+
+def test_the_report_and_answers_are_redacted_too(store: str, tmp_path: Path) -> None:
+    words = {word for topic in TOPICS.values() for word in topic.split()}
+    page = tmp_path / "report.html"
+
+    told = [
+        gradstore("report", store, "-o", page, "--redact-text").stdout,
+        gradstore("query", store, "--index", "eval:0", "--redact-text").stdout,
+        gradstore("query", store, "--index", "eval:0", "--redact-text", "--json").stdout,
+        page.read_text(encoding="utf-8"),
+    ]
+
+    for text in told:
+        assert "(redacted)" in text
+        # Labels stay, and are named after some topics.
+        assert {word for word in words if f" {word} " in text} == set()
 
 
 def test_images_are_shown_with_their_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

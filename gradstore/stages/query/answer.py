@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from gradstore.numerics.scores import Ranked
 from gradstore.stages.query.screened import Screening
 from gradstore.stages.ranking import Winners
+from gradstore.store.examples import REDACTED
 from gradstore.store.features import FeatureSet
 
 By = Literal["group", "depth", "function"]
@@ -97,6 +98,18 @@ class Answer:
         for group, part in zip(self.groups, winner.parts, strict=True):
             sums[key(group)] = sums.get(key(group), 0.0) + part
         return sorted(sums.items(), key=lambda item: -abs(item[1]))[:count]
+
+    def redacted(self) -> Answer:
+        """Return the same answer without texts; ids and labels stay."""
+
+        def of(winners: Sequence[Winner]) -> tuple[Winner, ...]:
+            return tuple(replace(winner, text=REDACTED) for winner in winners)
+
+        rankings = {
+            name: Ranking(proponents=of(ranking.proponents), opponents=of(ranking.opponents))
+            for name, ranking in self.rankings.items()
+        }
+        return replace(self, text=REDACTED, rankings=rankings)
 
     def to_json(self, layers: int = LAYERS) -> dict[str, Any]:
         """Plain values: of every example its score and its ``layers`` largest groups, depths and functions."""

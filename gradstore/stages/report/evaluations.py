@@ -23,7 +23,7 @@ _GROUPS: Final = "groups"
 _ABOUT: Final[Mapping[str, tuple[str, str]]] = {
     "lds": (
         "LDS",
-        "rank correlation, times 100, of scores with what models output that were trained on subsets; intervals are of the queries",
+        "rank correlation, times 100, of scores with what models output that were trained on subsets (intervals: of the queries alone)",
     ),
     "recall": ("Known contributors", "where rankings put the train examples that are known to have contributed"),
     "tail_patch": TAIL_PATCH,

@@ -11,6 +11,7 @@ from pyarrow import compute
 from gradstore.stages.report.data import QueryReport, RankedExample
 from gradstore.stages.weights import UNWEIGHTED
 from gradstore.store.artifacts import ScoresArtifact
+from gradstore.store.examples import REDACTED
 from gradstore.store.features import FeatureSet, FeatureStore
 
 Address = Callable[[str, int], str | None]
@@ -25,6 +26,8 @@ def read_queries(
     rankings: Sequence[Mapping[str, Any]],
     shown: Collection[int],
     image: Address = lambda *_: None,
+    *,
+    redact: bool = False,
 ) -> list[QueryReport]:
     """Return some queries, by their rows in the eval set and in that order; a row of a gap is none.
 
@@ -38,6 +41,8 @@ def read_queries(
         The rows.
     image
         Where pictures are.
+    redact
+        Whether texts are left out.
     """
     wanted = pa.array(sorted(shown), pa.int64())
     tables = {}
@@ -45,7 +50,8 @@ def read_queries(
         table = ScoresArtifact.open(store.storage, row["name"]).read()
         kept = table.filter(compute.is_in(table["query"], value_set=wanted.cast(table["query"].type)))
         tables[row["weights"] or UNWEIGHTED] = kept.to_pylist()
-    texts = read_texts(store.open_set("train"), {row["example"] for rows in tables.values() for row in rows})
+    ranked_rows = {row["example"] for rows in tables.values() for row in rows}
+    texts = read_texts(store.open_set("train"), ranked_rows, redact=redact)
     by_query: dict[int, dict[str, list[RankedExample]]] = {query: {name: [] for name in tables} for query in shown}
     for name, rows in tables.items():
         for row in rows:
@@ -59,7 +65,7 @@ def read_queries(
                 **texts[row["example"]],
             )
             by_query[row["query"]][name].append(ranked)
-    queries = read_texts(store.open_set("eval"), set(shown))
+    queries = read_texts(store.open_set("eval"), set(shown), redact=redact)
     return [
         QueryReport(
             query_id=queries[query]["example_id"],
@@ -73,7 +79,7 @@ def read_queries(
     ]
 
 
-def read_texts(feature_set: FeatureSet, rows: Collection[int]) -> dict[int, Mapping[str, Any]]:
+def read_texts(feature_set: FeatureSet, rows: Collection[int], *, redact: bool = False) -> dict[int, Mapping[str, Any]]:
     """Id, label and text of some examples of a set, by row."""
     found: dict[int, Mapping[str, Any]] = {}
     for block in sorted({row // feature_set.info.block_rows for row in rows}):
@@ -81,5 +87,6 @@ def read_texts(feature_set: FeatureSet, rows: Collection[int]) -> dict[int, Mapp
         table = feature_set.read_inputs(block).select(["example_id", "label", "text"])
         for index, row in enumerate(table.to_pylist()):
             if start + index in rows:
-                found[start + index] = row if row["example_id"] is not None else _ERASED
+                shown = {**row, "text": REDACTED} if redact else row
+                found[start + index] = shown if row["example_id"] is not None else _ERASED
     return found

@@ -45,7 +45,9 @@ TAIL_PATCH_NOTE = (
 )
 
 
-def report(store_url: str, output: Path | None, kernel: str | None = None) -> tuple[ReportData, Path]:
+def report(
+    store_url: str, output: Path | None, kernel: str | None = None, *, redact: bool = False
+) -> tuple[ReportData, Path]:
     """Write the page of a store; return what it shows, and where it is.
 
     Parameters
@@ -56,6 +58,8 @@ def report(store_url: str, output: Path | None, kernel: str | None = None) -> tu
         The kernel whose rankings are shown; None for the only one.
     output
         The file to write; for a store in a directory ``report.html`` inside it, else ``<name>-report.html`` here.
+    redact
+        Whether texts of queries and examples are left out; their ids and labels are not.
 
     Raises
     ------
@@ -65,7 +69,7 @@ def report(store_url: str, output: Path | None, kernel: str | None = None) -> tu
         If the page cannot be written.
     """
     store = FeatureStore.open(store_url)
-    data = collect(store, status(store_url), kernel)
+    data = collect(store, status(store_url), kernel, redact=redact)
     if output is None:
         local = "://" not in store_url
         output = Path(store_url) / "report.html" if local else Path(f"{data.name}-report.html")
@@ -92,7 +96,7 @@ def as_values(data: ReportData) -> dict[str, Any]:
     }
 
 
-def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -> ReportData:
+def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None, *, redact: bool) -> ReportData:
     """Read what a report shows from the store; ``found`` is its status."""
     rankings = rankings_of(found, kernel)
     summary = summarize(store, found, rankings)
@@ -106,7 +110,7 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None) -
         facts=_facts(store, found, rankings[0], made_from["contributions"]["kernel"]),
         groups=[Group(name=array.name, depth=array.depth, function=array.function) for array in arrays],
         weights=[_weights(store, row["weights"]) for row in rankings if row["weights"] is not None],
-        queries=read_queries(store, rankings, range(min(num_queries, MAX_QUERIES))),
+        queries=read_queries(store, rankings, range(min(num_queries, MAX_QUERIES)), redact=redact),
         precision=summary.precision,
         tail_patch=summary.tail_patch,
         comparisons=summary.comparisons,

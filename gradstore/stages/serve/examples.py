@@ -33,14 +33,15 @@ class Listed:
 # Without slots: what is read for some pages is read once.
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """The examples of a store."""
+    """The examples of a store; with ``redact`` without their texts and pictures."""
 
     store: FeatureStore
+    redact: bool = False
 
     @cached_property
     def has_images(self) -> bool:
         """Whether examples are images, whose pixels the store keeps."""
-        return _IMAGE in self.store.open_set("eval").read_inputs(0).column_names
+        return not self.redact and _IMAGE in self.store.open_set("eval").read_inputs(0).column_names
 
     @cached_property
     def queries(self) -> Sequence[Listed]:
@@ -54,7 +55,7 @@ class Examples:
                         row=row["row"],
                         query_id=one_line(row["example_id"], 200),
                         label=None if row["label"] is None else one_line(row["label"], 60),
-                        excerpt=one_line(row["text"], _EXCERPT),
+                        excerpt="" if self.redact else one_line(row["text"], _EXCERPT),
                     )
                     found.append(listed)
         return found
@@ -92,7 +93,7 @@ class Examples:
         table = self.store.open_set(set_name).read_inputs(block)
         start, _ = info.block_range(block)
         one = table.slice(row - start, 1)
-        if _IMAGE not in table.column_names or one["example_id"][0].as_py() is None:
+        if self.redact or _IMAGE not in table.column_names or one["example_id"][0].as_py() is None:
             raise NotReadyError(f"features/{set_name}: row {row} is no image.")
         (example,) = from_table(one)
         return _png(example.inputs["image"])

@@ -58,7 +58,7 @@ _PARTS: Final = (
 # Without slots: what is read for some pages is read once.
 @dataclass(kw_only=True)
 class Pages:
-    """The pages of the store at a URL.
+    """The pages of the store at a URL; with ``redact`` without texts and images.
 
     Raises
     ------
@@ -69,6 +69,7 @@ class Pages:
     """
 
     url: str
+    redact: bool = False
     _kept: dict[str, tuple[float, Any]] = field(default_factory=dict)
 
     @cached_property
@@ -79,7 +80,9 @@ class Pages:
     @property
     def examples(self) -> Examples:
         """Its examples, as they were a short while ago."""
-        found: Examples = self._keep("examples", _EXAMPLES_SECONDS, lambda: Examples(store=self.store))
+        found: Examples = self._keep(
+            "examples", _EXAMPLES_SECONDS, lambda: Examples(store=self.store, redact=self.redact)
+        )
         return found
 
     def overview(self) -> str:
@@ -136,7 +139,11 @@ class Pages:
         if len(chosen) > _MOST_RANKINGS:
             raise SpecError(f"found {len(chosen)} rankings; accepted: up to {_MOST_RANKINGS} side by side.")
         shown = [ranking for ranking in rankings if (ranking["weights"] or UNWEIGHTED) in chosen]
-        found = read_queries(self.store, shown, [row], self.examples.address) if 0 <= row < self._rows() else []
+        found = (
+            read_queries(self.store, shown, [row], self.examples.address, redact=self.redact)
+            if 0 <= row < self._rows()
+            else []
+        )
         if not found:
             raise NotReadyError(f"features/eval: has no query in row {row:,}.")
         layout = lay_out(self._groups())

@@ -76,8 +76,10 @@ class Serving:
         return f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
 
 
-def serve(serving: Serving, told: Callable[[str], None]) -> None:
+def serve(serving: Serving, told: Callable[[str], None], *, redact: bool = False) -> None:
     """Serve a store until the process is interrupted; ``told`` gets the address of its first page.
+
+    With ``redact`` no text and no image of it is shown.
 
     Raises
     ------
@@ -86,15 +88,14 @@ def serve(serving: Serving, told: Callable[[str], None]) -> None:
     SpecError
         If nobody can listen there.
     """
-    asyncio.run(_serve(serving, told))
+    asyncio.run(_serve(serving, Pages(url=serving.url, redact=redact), told))
 
 
-async def _serve(serving: Serving, told: Callable[[str], None]) -> None:
+async def _serve(serving: Serving, pages: Pages, told: Callable[[str], None]) -> None:
     ended = asyncio.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(name, ended.set)
     threads = ThreadPoolExecutor(_THREADS, "pages")
-    pages = Pages(url=serving.url)
     # A store that is not there is told of before anybody asks.
     pages.overview()
     sockets = _listen(serving)

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from gradstore.errors import SpecError
+from gradstore.spec.urls import refuse_credentials
 from gradstore.store.backend.cache import cached
 from gradstore.store.backend.directory import DirectoryStorage
 from gradstore.store.backend.memory import MemoryStorage
@@ -34,7 +35,7 @@ def open_storage(url: str, *, copies: bool = True) -> Storage:
     Raises
     ------
     SpecError
-        If the URL names no kind of storage that gradstore knows, or a variable of gradstore's holds what it must not.
+        If the URL names no kind of storage that gradstore knows, or holds credentials, or a variable of gradstore's holds what it must not.
     StorageError
         If it is s3:// and the client is not installed.
 
@@ -43,6 +44,7 @@ def open_storage(url: str, *, copies: bool = True) -> Storage:
     Variables of the environment, all described in docs/storage.md: ``GRADSTORE_FSYNC`` for directories;
     ``GRADSTORE_S3_CLIENT``, ``GRADSTORE_S3_RETRY_SECONDS``, ``GRADSTORE_CACHE`` and ``GRADSTORE_CACHE_BYTES`` for s3://.
     """
+    refuse_credentials("store", url)
     scheme, separator, rest = url.partition("://")
     if not separator:
         return DirectoryStorage(Path(url).absolute(), _durable())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from gradstore.errors import SpecError, StorageError
+from gradstore.spec.urls import refuse_credentials
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials
@@ -144,6 +145,7 @@ def _endpoint(profile: Mapping[str, Any], session: Session) -> str:
 
 
 def _require_url(name: str, value: str) -> None:
+    refuse_credentials(name, value)
     try:
         url = urlsplit(value)
         usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
