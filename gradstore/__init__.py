@@ -1,21 +1,21 @@
 """gradstore: an out-of-core store of per-example gradient features, and the training-data attribution built on it.
 
-Importing it is cheap: what `open`, `open_contributions` and `open_scores` need (xarray, pyarrow, Zarr) they import when they are called, and
-`Session` is imported when it is first asked for.
+Importing it is cheap, so that the command line is: what `open`, `open_contributions` and `open_scores` need (xarray, pyarrow, Zarr) they
+import when they are called, and other names are imported when they are first asked for.
 """
 
-from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import GradstoreError
 from gradstore.opening import open_contributions, open_scores
 from gradstore.opening import open_features as open  # noqa: A004 - read as gradstore.open
-from gradstore.spec import RunSpec, read_spec
 
 if TYPE_CHECKING:
+    from gradstore.spec import RunSpec, read_spec
     from gradstore.stages.query import Session
 
-__version__ = version("gradstore")
+    __version__: str
+
 __all__ = [
     "GradstoreError",
     "RunSpec",
@@ -28,7 +28,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gradstore")
+    if name in ("RunSpec", "read_spec"):
+        from gradstore import spec
+
+        return getattr(spec, name)
     if name == "Session":
         from gradstore.stages.query import Session
 
