@@ -70,7 +70,16 @@ def test_the_installed_wheel_goes_the_whole_path(dist: Path, tmp_path: Path) -> 
     (wheel,) = dist.glob("*.whl")
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", venv, cwd=tmp_path)
-    pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt"]
+    pip: list[str | Path] = [
+        venv / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "-c",
+        ROOT / "constraints.txt",
+    ]
     run(*pip, f"{wheel}[transformers,report]", cwd=tmp_path)
     program = venv / "bin" / "gradstore"
     path = make_run(tmp_path / "run", str(tmp_path / "store"))
