@@ -265,7 +265,9 @@ def write_values(folder: Path, study: Told, only: str) -> None:
     for file, tables in ((folder / "values.parquet", measured), (folder / "outputs.parquet", outputs)):
         if file.exists():
             before = parquet.read_table(file)
-            tables.insert(0, before.filter(compute.invert(compute.is_in(before["store"], pa.array([*renewed])))))
+            tables.insert(
+                0, before.filter(compute.invert(compute.is_in(before["store"], pa.array([*renewed], pa.string()))))
+            )
         if tables:
             parquet.write_table(pa.concat_tables(tables, promote_options="default"), file, **PACKED)
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Final
 
 from gradstore.errors import SpecError
 
+# Where what stands before an @ is a container, a user or a repository, and no secret.
+_NO_SECRETS: Final = ("abfs", "abfss", "github", "hf")
+
 
 def holds_credentials(url: str) -> bool:
-    """Whether a text is a URL with a user name or password before its host; a bucket has no colon that could be a port's."""
+    """Whether a text is a URL with a user name or password before its host, or what looks like one.
+
+    A password may hold a slash, so that a host with a colon that no number follows counts as one cut off; a bucket has no port.
+    """
     scheme, separator, rest = url.partition("://")
     if not separator:
         return False
-    host = rest.partition("/")[0]
-    try:
-        return "@" in host or (scheme == "s3" and ":" in host) or urlsplit(url).username is not None
-    except ValueError:
+    scheme = scheme.rpartition("::")[2].lower()
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if scheme in _NO_SECRETS:
         return False
+    port = host.rpartition("]")[2].partition(":")[2]
+    return "@" in host or bool(port and (scheme == "s3" or not port.isdigit()))
 
 
 def refuse_credentials(key: str, value: Any) -> None:

@@ -73,7 +73,8 @@ def compared_detection(
             }
             if not scores:
                 continue
-            against = Method(name=UNWEIGHTED, kernel=kernel).artifact if kernel is not None else None
+            unweighted = Method(name=UNWEIGHTED, kernel=kernel).artifact
+            against = unweighted if unweighted in scores else None
             compared = compare_detection(scores, wrong_N, against=against, seed=seed)
             for row, (method, _) in zip(told, found, strict=True):
                 if method.artifact in compared:

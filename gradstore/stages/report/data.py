@@ -111,11 +111,18 @@ class MeasuredRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredTable:
-    """An evaluation by one measure: what it is called, what it says, and its methods."""
+    """An evaluation by one measure: what it is called, what it says, its methods, and what values are of."""
 
     title: str
     about: str
     rows: Sequence[MeasuredRow]
+    noun: str = "queries"
+
+
+def tail_patch_table(rows: Sequence[MeasuredRow]) -> MeasuredTable:
+    """What `score` measured of tail-patch, as a table."""
+    title, about = TAIL_PATCH
+    return MeasuredTable(title=title, about=about, rows=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

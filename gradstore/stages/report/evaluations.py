@@ -25,7 +25,10 @@ _ABOUT: Final[Mapping[str, tuple[str, str]]] = {
         "LDS",
         "rank correlation, times 100, of scores with what models output that were trained on subsets (intervals: of the queries alone)",
     ),
-    "recall": ("Known contributors", "where rankings put the train examples that are known to have contributed"),
+    "recall": (
+        "Known contributors",
+        "where rankings put the train examples that are known to have contributed, times 100",
+    ),
     "tail_patch": TAIL_PATCH,
     "mislabel": (
         "Wrong labels",
@@ -63,7 +66,10 @@ def _tables(evaluation: str, found: Sequence[tuple[Method, pa.Table]], seed: int
     title, about = _ABOUT[kind]
     found = sorted(found, key=lambda item: (item[0].kernel is None, item[0].weights is not None, item[0].name))
     if kind == "mislabel":
-        told = compared_detection(found, found[0][1]["wrong"].to_numpy(), seed=seed)
+        # Baselines may have been measured of other examples, by another kernel's settings.
+        looked = found[0][1].select(["example", "wrong"])
+        found = [(method, table) for method, table in found if table.select(["example", "wrong"]).equals(looked)]
+        told = compared_detection(found, looked["wrong"].to_numpy(), seed=seed)
     else:
         told = compared([(described(method), _values(table)) for method, table in found], seed=seed)
     measures = dict.fromkeys(measure for row in told for measure in row["measures"])
@@ -75,6 +81,7 @@ def _tables(evaluation: str, found: Sequence[tuple[Method, pa.Table]], seed: int
             title=f"{shown} ({name})" if name else shown,
             about=about,
             rows=[_row(row, row["measures"][measure], factor) for row in rows],
+            noun="examples" if kind == "mislabel" else "queries",
         )
 
 

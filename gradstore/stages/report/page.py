@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from gradstore.stages.report.data import TAIL_PATCH, MeasuredRow, QueryReport, RankedExample, ReportData, Side
+from gradstore.stages.report.data import (
+    MeasuredRow,
+    MeasuredTable,
+    QueryReport,
+    RankedExample,
+    ReportData,
+    Side,
+    tail_patch_table,
+)
 from gradstore.stages.report.formatting import (
     Scale,
     clean_text,
@@ -109,7 +117,7 @@ class IntervalTable:
     rows: tuple[IntervalView, ...]
     zero: float
     has_differences: bool
-    queries: str
+    counted: str
 
 
 def render_page(data: ReportData) -> str:
@@ -128,8 +136,8 @@ def render_page(data: ReportData) -> str:
             layout=layout,
             charts=[draw_weights(vector, layout) for vector in data.weights],
             queries=[view_query(query, layout) for query in data.queries],
-            tail_patch=view_table(TAIL_PATCH, data.tail_patch),
-            evaluations=[view_table((table.title, table.about), table.rows) for table in data.evaluations],
+            tail_patch=view_table(tail_patch_table(data.tail_patch)),
+            evaluations=[view_table(table) for table in data.evaluations],
             findings=[(comparison.verdict, sentence(comparison)) for comparison in data.comparisons],
             pictures=[(text, b64encode(png).decode()) for text, png in data.pictures],
             style=style,
@@ -206,6 +214,9 @@ def _view_ranked(
 
 
 def _encode_parts(parts: Sequence[float], scale: Scale, layout: Layout) -> str:
+    if not parts:
+        # Of scores alone there are none.
+        return ""
     by_depth, by_function = sum_parts([scale.apply(part) for part in parts], layout)
     largest = max(map(abs, by_depth + by_function), default=0.0)
     if not 0 < largest < math.inf:
@@ -232,8 +243,9 @@ def _matches(query: QueryReport, ranked: Sequence[RankedExample]) -> int:
     return sum(example.label == query.label for example in ranked)
 
 
-def view_table(names: tuple[str, str], rows: Sequence[MeasuredRow]) -> IntervalTable | None:
+def view_table(table: MeasuredTable) -> IntervalTable | None:
     """The rows on one axis that holds every interval and zero; None where there are none."""
+    rows = table.rows
     if not rows:
         return None
     ends = [end for row in rows for end in (row.ci_low, row.mean, row.ci_high) if math.isfinite(end)]
@@ -243,14 +255,15 @@ def view_table(names: tuple[str, str], rows: Sequence[MeasuredRow]) -> IntervalT
     def place(value: float) -> float:
         return 2 + 96 * ((value if math.isfinite(value) else 0.0) - low) / width
 
-    views = tuple(
-        IntervalView(row=row, low=place(row.ci_low), mean=place(row.mean), high=place(row.ci_high)) for row in rows
-    )
-    title, about = names
-    has_differences = any(row.difference is not None for row in rows)
-    counts = [row.queries for row in rows]
     return IntervalTable(
-        title=title, about=about, rows=views, zero=place(0.0), has_differences=has_differences, queries=_range(counts)
+        title=table.title,
+        about=table.about,
+        rows=tuple(
+            IntervalView(row=row, low=place(row.ci_low), mean=place(row.mean), high=place(row.ci_high)) for row in rows
+        ),
+        zero=place(0.0),
+        has_differences=any(row.difference is not None for row in rows),
+        counted=f"{_range([row.queries for row in rows])} {table.noun}",
     )
 
 

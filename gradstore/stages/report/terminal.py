@@ -8,7 +8,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradstore.stages.report.data import TAIL_PATCH, MeasuredRow, QueryReport, ReportData, WeightVector
+from gradstore.stages.report.data import (
+    MeasuredTable,
+    QueryReport,
+    ReportData,
+    WeightVector,
+    tail_patch_table,
+)
 from gradstore.stages.report.formatting import TIMES, Scale, one_line, ranking_title, sentence, signed
 from gradstore.stages.report.layers import Layout, lay_out
 
@@ -27,8 +33,8 @@ def render_tables(data: ReportData) -> list[RenderableType]:
     if data.precision:
         tables.append(_precision(data))
     if data.tail_patch:
-        tables.append(_measured(", ".join(TAIL_PATCH), data.tail_patch))
-    tables += [_measured(f"{table.title}, {table.about}", table.rows) for table in data.evaluations]
+        tables.append(_measured(tail_patch_table(data.tail_patch)))
+    tables += [_measured(table) for table in data.evaluations]
     tables += [Text(one_line(sentence(comparison), 400)) for comparison in data.comparisons]
     tables += [_heaviest(vector, layout) for vector in data.weights]
     tables += [_proponents(number, query) for number, query in enumerate(data.queries[:NUM_QUERIES], start=1)]
@@ -43,9 +49,10 @@ def _precision(data: ReportData) -> Table:
     return table
 
 
-def _measured(title: str, rows: Sequence[MeasuredRow]) -> Table:
-    table = _table(one_line(title, 200), ("method", "mean", "95 % interval", "less no weights", "queries"))
-    for row in rows:
+def _measured(measured: MeasuredTable) -> Table:
+    title = one_line(f"{measured.title}, {measured.about}", 200)
+    table = _table(title, ("method", "mean", "95 % interval", "less no weights", measured.noun))
+    for row in measured.rows:
         difference = "" if row.difference is None else _interval(*row.difference)
         interval = f"{signed(row.ci_low)} … {signed(row.ci_high)}"
         table.add_row(_cell(row.method), signed(row.mean), interval, difference, str(row.queries))

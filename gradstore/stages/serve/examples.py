@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.stages.report.formatting import one_line
@@ -22,12 +23,13 @@ _LEAST_SIDE = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """A query in a list: its row in the eval set, its id and label, and the beginning of its text."""
+    """A query in a list: its row in the eval set, its id and label, the beginning of its text, and what it is found by."""
 
     row: int
     query_id: str
     label: str | None
     excerpt: str
+    searched: str
 
 
 # Without slots: what is read for some pages is read once.
@@ -39,9 +41,11 @@ class Examples:
     redact: bool = False
 
     @cached_property
-    def has_images(self) -> bool:
-        """Whether examples are images, whose pixels the store keeps."""
-        return not self.redact and _IMAGE in self.store.open_set("eval").read_inputs(0).column_names
+    def with_images(self) -> frozenset[str]:
+        """The sets whose examples are images, whose pixels the store keeps."""
+        if self.redact:
+            return frozenset()
+        return frozenset(name for name in ("train", "eval") if _is_of_images(self.store.open_set(name).read_inputs(0)))
 
     @cached_property
     def queries(self) -> Sequence[Listed]:
@@ -51,28 +55,25 @@ class Examples:
             table = evaluated.read_inputs(block).select(["row", "example_id", "label", "text"])
             for row in table.to_pylist():
                 if row["example_id"] is not None:
+                    text = "" if self.redact else row["text"]
                     listed = Listed(
                         row=row["row"],
                         query_id=one_line(row["example_id"], 200),
                         label=None if row["label"] is None else one_line(row["label"], 60),
-                        excerpt="" if self.redact else one_line(row["text"], _EXCERPT),
+                        excerpt=one_line(text, _EXCERPT),
+                        searched=f"{row['example_id']}\n{row['label'] or ''}\n{text}".casefold(),
                     )
                     found.append(listed)
         return found
 
     def find(self, wanted: str) -> Sequence[Listed]:
-        """Return the queries whose id, label or beginning holds a text, whatever its case."""
+        """Return the queries whose text, label or id holds a text, whatever its case."""
         wanted = wanted.strip().casefold()
-        return [
-            query
-            for query in self.queries
-            if not wanted
-            or any(wanted in (text or "").casefold() for text in (query.query_id, query.label, query.excerpt))
-        ]
+        return [query for query in self.queries if wanted in query.searched]
 
     def address(self, set_name: str, row: int) -> str | None:
         """Where the picture of an example is."""
-        return f"/images/{set_name}/{row}.png" if self.has_images else None
+        return f"/images/{set_name}/{row}.png" if set_name in self.with_images else None
 
     def picture(self, set_name: str, row: int) -> bytes:
         """Return the pixels of an example as PNG.
@@ -90,13 +91,22 @@ class Examples:
         if not 0 <= row < info.rows:
             raise NotReadyError(f"features/{set_name}: has no row {row}; it has {info.rows:,}.")
         block = row // info.block_rows
-        table = self.store.open_set(set_name).read_inputs(block)
         start, _ = info.block_range(block)
-        one = table.slice(row - start, 1)
-        if self.redact or _IMAGE not in table.column_names or one["example_id"][0].as_py() is None:
+        one = self.store.open_set(set_name).read_inputs(block).slice(row - start, 1)
+        if self.redact or not _is_of_images(one) or one["example_id"].to_pylist() in ([], [None]):
             raise NotReadyError(f"features/{set_name}: row {row} is no image.")
         (example,) = from_table(one)
         return _png(example.inputs["image"])
+
+
+def _is_of_images(table: pa.Table) -> bool:
+    """Whether examples have pixels uint8 [C, H, W]; an adapter of one's own may call anything an image."""
+    if _IMAGE not in table.column_names:
+        return False
+    levels, kind = 0, table[_IMAGE].type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        levels, kind = levels + 1, kind.value_type
+    return levels == 3 and bool(pa.types.is_uint8(kind))
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import logging
@@ -17,7 +18,8 @@ from gradstore.errors import GradstoreError, NotReadyError, SpecError
 from gradstore.stages.serve.pages import Pages
 
 _LOG = logging.getLogger(__name__)
-_COOKIE: Final = "gradstore-token"
+# Servers of several stores on one machine are told apart by it: cookies know no ports.
+_COOKIE: Final = "gradstore-{}"
 _STATIC: Final = {
     "report.css": ("gradstore.stages.report", "text/css"),
     "report.js": ("gradstore.stages.report", "text/javascript"),
@@ -38,11 +40,16 @@ _HEADERS: Final = {
 _NAME: Final = r"([A-Za-z0-9][A-Za-z0-9_.-]*)"
 _ROW: Final = "([0-9]{1,9})"
 _MOST_DIGITS: Final = 9
+_DIGITS: Final = 12
 
 
 def make_application(pages: Pages, token: str | None, threads: ThreadPoolExecutor) -> Application:
-    """Return what answers requests: by pages, which some threads make; to readers who know the token, if there is one."""
+    """Return what answers requests: by pages, which some threads make; to readers who know the token, if there is one.
+
+    Jobs have a thread of their own, as one that is silent is watched for a while.
+    """
     shared = {"pages": pages, "token": token, "threads": threads}
+    watching = {**shared, "threads": ThreadPoolExecutor(1, "jobs")}
     files = "|".join(name.replace(".", r"\.") for name in _STATIC)
     routes: Sequence[tuple[str, type[RequestHandler]]] = (
         ("/", Overview),
@@ -57,7 +64,7 @@ def make_application(pages: Pages, token: str | None, threads: ThreadPoolExecuto
         (f"/static/({files})", Static),
     )
     return Application(
-        [url(pattern, handler, shared) for pattern, handler in routes],
+        [url(pattern, handler, watching if handler in (Jobs, Job) else shared) for pattern, handler in routes],
         default_handler_class=Nothing,
         default_handler_args=shared,
         # Addresses hold the token once, and a log is no place for it.
@@ -98,9 +105,9 @@ class Handler(RequestHandler):
         given = self.get_query_argument("token", None)
         if given is not None and _equal(given, self.token):
             # The token goes where neither links nor a history of pages show it.
-            self.set_cookie(_COOKIE, self.token, httponly=True, samesite="Strict")
+            self.set_cookie(cookie_of(self.token), self.token, httponly=True, samesite="Strict")
             self.redirect(self.request.path)
-        elif not _equal(self.get_cookie(_COOKIE) or "", self.token):
+        elif not _equal(self.get_cookie(cookie_of(self.token)) or "", self.token):
             self.refuse(401, "A token is needed", "open the address that `gradstore serve` printed.")
 
     async def get(self, *found: str) -> None:
@@ -240,6 +247,11 @@ class Nothing(Handler):
     def make(self, *_: str) -> str:
         """See `Handler`."""
         raise NotReadyError(f"there is no page {self.request.path}.")
+
+
+def cookie_of(token: str) -> str:
+    """Name of the cookie that holds a token."""
+    return _COOKIE.format(hashlib.sha256(token.encode()).hexdigest()[:_DIGITS])
 
 
 def _equal(given: str, token: str) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any, Final
 
 import jinja2
@@ -16,19 +17,21 @@ from gradstore.errors import NotReadyError, SpecError
 from gradstore.stages.jobs import list_jobs, read_lines, show
 from gradstore.stages.plots import pictures_of
 from gradstore.stages.progress import Progress, duration
-from gradstore.stages.report.data import TAIL_PATCH, Group, WeightVector
+from gradstore.stages.report.data import Group, WeightVector, tail_patch_table
 from gradstore.stages.report.evaluations import measured_tables
 from gradstore.stages.report.formatting import sentence
 from gradstore.stages.report.layers import draw_weights, lay_out
 from gradstore.stages.report.page import view_query, view_table
 from gradstore.stages.report.queries import read_queries
-from gradstore.stages.report.stage import rankings_of, summarize
+from gradstore.stages.report.stage import Summary, rankings_of, summarize
 from gradstore.stages.report.templates import make_environment
+from gradstore.stages.score.sources import BASELINE
 from gradstore.stages.serve.examples import Examples
 from gradstore.stages.show_weights import show_weights
 from gradstore.stages.status import status
 from gradstore.stages.verify import verify
 from gradstore.stages.weights import UNWEIGHTED
+from gradstore.store.artifacts import list_artifacts
 from gradstore.store.features import FeatureStore
 
 PAGE_ROWS: Final = 50
@@ -71,6 +74,7 @@ class Pages:
     url: str
     redact: bool = False
     _kept: dict[str, tuple[float, Any]] = field(default_factory=dict)
+    _locks: dict[str, Lock] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> FeatureStore:
@@ -109,7 +113,12 @@ class Pages:
         """The queries that a text is in, a page of them, and how good the rankings of a kernel are."""
         found = self._status()
         kernel = kernel or self._kernels()[0]
-        summary = summarize(self.store, found, rankings_of(found, kernel))
+        rankings = rankings_of(found, kernel)
+        try:
+            summary = summarize(self.store, found, rankings)
+        except NotReadyError as error:
+            # Of scores without parts nothing was compared; the queries are there.
+            summary = Summary(precision=(), tail_patch=(), comparisons=(), notes=(str(error),))
         listed = self.examples.find(wanted)
         if not 0 <= first <= len(listed):
             raise NotReadyError(f"there is no query {first:,} of {len(listed):,}.")
@@ -119,7 +128,7 @@ class Pages:
             kernel=kernel,
             kernels=self._kernels(),
             summary=summary,
-            tail_patch=view_table(TAIL_PATCH, summary.tail_patch),
+            tail_patch=view_table(tail_patch_table(summary.tail_patch)),
             findings=[(comparison.verdict, sentence(comparison)) for comparison in summary.comparisons],
             wanted=wanted,
             first=first,
@@ -139,16 +148,11 @@ class Pages:
         if len(chosen) > _MOST_RANKINGS:
             raise SpecError(f"found {len(chosen)} rankings; accepted: up to {_MOST_RANKINGS} side by side.")
         shown = [ranking for ranking in rankings if (ranking["weights"] or UNWEIGHTED) in chosen]
-        found = (
-            read_queries(self.store, shown, [row], self.examples.address, redact=self.redact)
-            if 0 <= row < self._rows()
-            else []
-        )
-        if not found:
-            raise NotReadyError(f"features/eval: has no query in row {row:,}.")
-        layout = lay_out(self._groups())
         rows = [query.row for query in self.examples.queries]
-        place = rows.index(row)
+        if row not in rows:
+            raise NotReadyError(f"features/eval: has no query in row {row:,}.")
+        (found,) = read_queries(self.store, shown, [row], self.examples.address, redact=self.redact)
+        layout, place = lay_out(self._groups()), rows.index(row)
         return self._render(
             "query.html.jinja",
             f"Query {row}",
@@ -158,7 +162,7 @@ class Pages:
             chosen=chosen,
             before=rows[place - 1] if place else None,
             after=rows[place + 1] if place + 1 < len(rows) else None,
-            query=view_query(found[0], layout),
+            query=view_query(found, layout),
             layout=layout,
         )
 
@@ -191,13 +195,15 @@ class Pages:
 
     def evaluations(self, kernel: str | None) -> str:
         """What `gradstore evaluate` measured, and the pictures of LDS."""
-        kernel = kernel or self._kernels()[0]
-        tables = [view_table((table.title, table.about), table.rows) for table in measured_tables(self.store, kernel)]
+        kernels = self._evaluated()
+        kernel = kernel or next(iter(kernels), "")
+        measured = self._keep(f"tables {kernel}", _EXAMPLES_SECONDS, lambda: measured_tables(self.store, kernel))
+        tables = [view_table(table) for table in measured]
         return self._render(
             "evaluations.html.jinja",
             "Evaluations",
             kernel=kernel,
-            kernels=self._kernels(),
+            kernels=kernels,
             tables=[table for table in tables if table is not None],
             pictures=self._keep("pictures", _EXAMPLES_SECONDS, self._pictures),
         )
@@ -227,14 +233,15 @@ class Pages:
         found: dict[str, Any] = self._keep("status", _FRESH_SECONDS, lambda: status(self.url))
         return found
 
-    def _keep(self, key: str, seconds: float, read: Any) -> Any:
-        """What was read a short while ago, or else anew."""
-        kept = self._kept.get(key)
-        if kept is None or time.monotonic() - kept[0] > seconds:
-            found = read()
-            # As long ago as the reading ended.
-            kept = self._kept[key] = (time.monotonic(), found)
-        return kept[1]
+    def _keep(self, key: str, seconds: float, read: Callable[[], Any]) -> Any:
+        """What was read a short while ago, or else anew; once for all who ask at the same time."""
+        with self._locks.setdefault(key, Lock()):
+            kept = self._kept.get(key)
+            if kept is None or time.monotonic() - kept[0] > seconds:
+                found = read()
+                # As long ago as the reading ended.
+                kept = self._kept[key] = (time.monotonic(), found)
+            return kept[1]
 
     def _kernels(self) -> list[str]:
         found = sorted({row["kernel"] for row in self._status()["scores"] if row["committed"] == row["total"]})
@@ -242,12 +249,14 @@ class Pages:
             raise NotReadyError(f"{self.url}: there are no finished scores. Run `gradstore score`.")
         return found
 
+    def _evaluated(self) -> list[str]:
+        """The kernels of which something was measured."""
+        done = [item.name for item in list_artifacts(self.store.storage) if item.kind == "evaluation"]
+        return sorted({name.partition("/")[2].partition(".")[0] for name in done} - {BASELINE})
+
     def _groups(self) -> list[Group]:
         arrays = self.store.open_set("train").info.arrays
         return [Group(name=array.name, depth=array.depth, function=array.function) for array in arrays]
-
-    def _rows(self) -> int:
-        return self.store.open_set("eval").info.rows
 
     def _render(self, template: str, title: str, **values: Any) -> str:
         return self._draw(template, page=title, name=self._status()["name"], **values)

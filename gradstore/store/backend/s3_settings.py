@@ -153,7 +153,9 @@ def _require_url(name: str, value: str) -> None:
         usable = False
     # obstore would panic.
     if not usable:
-        raise StorageError(f"{name}: found {value!r}; accepted: http://HOST or https://HOST, with or without a port.")
+        # What has an @ may be credentials, without the scheme by which they would be known.
+        found = "a text with an @" if "@" in value else repr(value)
+        raise StorageError(f"{name}: found {found}; accepted: http://HOST or https://HOST, with or without a port.")
 
 
 def _switch(name: str, value: str) -> bool:
