@@ -13,20 +13,9 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.runs import gradstore
-from tests.slow.conftest import ROOT
+from tests.unit.test_docs import NOTEBOOKS, PAGES, ROOT, blocks
 
 pytestmark = pytest.mark.slow
-
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipelines").rglob("*.md")])
-
-
-def blocks(language: str) -> list[tuple[str, str]]:
-    """(page, code) of every block of a language."""
-    found = []
-    for page in PAGES:
-        for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            found.append((str(page.relative_to(ROOT)), code))
-    return found
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
@@ -37,7 +26,7 @@ def test_a_block_of_python_runs_beside_the_demo(demo: Path, page: str, code: str
     assert done.returncode == 0, f"{page}: {done.stderr}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").rglob("*.ipynb")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs_beside_the_demo(demo: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Notebooks call commands by their names.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
