@@ -76,6 +76,7 @@ def served(url: str, token: str | None = None) -> Iterator[str]:
         begun.set()
         await ended.wait()
         server.stop()
+        await server.close_all_connections()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()

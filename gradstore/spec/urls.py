@@ -36,14 +36,16 @@ def refuse_credentials(key: str, value: Any) -> None:
     SpecError
         Naming the key.
     """
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            refuse_credentials(f"{key}.{name}" if key else str(name), item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            refuse_credentials(key, item)
-    elif isinstance(value, str) and holds_credentials(value):
-        raise SpecError(
-            f"{key}: the URL holds a user name or a password, which would be kept in the store and shown (not here). Leave them "
-            "out: credentials come from the environment or a profile, see docs/storage.md."
-        )
+    # Not by calling itself: tables may be nested deeper than calls.
+    left: list[tuple[str, Any]] = [(key, value)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Mapping):
+            left += [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+        elif isinstance(value, list | tuple):
+            left += [(key, item) for item in value]
+        elif isinstance(value, str) and holds_credentials(value):
+            raise SpecError(
+                f"{key}: the URL holds a user name or a password, which would be kept in the store and shown (not here). Leave "
+                "them out: credentials come from the environment or a profile, see docs/storage.md."
+            )

@@ -104,6 +104,7 @@ async def _serve(serving: Serving, pages: Pages, told: Callable[[str], None]) ->
     told(serving.address(sockets))
     await ended.wait()
     server.stop()
+    await server.close_all_connections()
     threads.shutdown(wait=False, cancel_futures=True)
 
 
