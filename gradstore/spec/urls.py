@@ -24,7 +24,8 @@ def holds_credentials(url: str) -> bool:
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if scheme in _NO_SECRETS:
         return False
-    port = host.rpartition("]")[2].partition(":")[2]
+    # Colons within brackets are an address's.
+    port = re.sub(r"^\[[^\]]*\]?", "", host).partition(":")[2]
     return "@" in host or bool(port and (scheme == "s3" or not port.isdigit()))
 
 

@@ -58,6 +58,7 @@ def trees() -> Iterator[tuple[str, ast.AST]]:
         ("runs/a@b:c", False),
         ("package:module/data", False),
         ("http://[::1]:8333", False),
+        ("http://[::", False),
     ],
 )
 def test_urls_with_credentials_are_told_from_others(url: str, holds: bool) -> None:
