@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from tests.browser import Browser
 from tests.runs import gradstore
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,13 @@ def quickstart(folder: Path, changes: Mapping[str, str]) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "run.toml").write_text(text, encoding="utf-8")
     return folder / "run.toml"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser with a profile of its own, for the tests of a file."""
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def test_every_article_is_in_one_split_only(demo: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.parametrize("width", [360, 1440])
 def test_the_page_of_the_demo_opens_without_complaint_and_without_overflow(
-    demo: Path, tmp_path: Path, width: int
+    demo: Path, browser: Browser, width: int
 ) -> None:
     report = demo / "runs" / "demo" / "report.html"
 
@@ -84,8 +84,7 @@ def test_the_page_of_the_demo_opens_without_complaint_and_without_overflow(
         assert await page.run("document.documentElement.scrollWidth") <= width
         assert await page.run("document.body.innerText.includes('Learned weights along depth')")
 
-    with Browser(tmp_path / "profile") as browser:
-        browser.visit(look)
+    browser.visit(look)
 
 
 @pytest.fixture(scope="module")

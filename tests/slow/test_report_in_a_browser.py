@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,6 @@ OVERFLOWING = """[...document.querySelectorAll('body *')]
         && e.getBoundingClientRect().right > WIDTH + 1)
     .map((e) => `${e.tagName}.${e.getAttribute('class')}`).slice(0, 5)"""
 SHOWN = "[...document.querySelectorAll('.query')].filter((e) => e.offsetHeight > 0).map((e) => e.id)"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -39,12 +39,6 @@ FOCUSED = "document.activeElement.outerHTML.slice(0, 200)"
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     spec = make_hostile_run(tmp_path_factory.mktemp("viewed"))
     with served(spec.run.store) as address:

@@ -220,7 +220,7 @@ def test_an_erased_query_is_not_there_and_evaluations_need_no_scores(store: str,
 
     delete(str(copied), Query(ids=frozenset({erased})), (), Progress(quiet=True), dry_run=False)
 
-    pages = Pages(url=str(copied))
+    # Also who has looked before sees no more of it.
     with pytest.raises(NotReadyError, match="has no query in row 3"):
         pages.query("block", 3, [])
     assert 'href="/queries/block/3"' not in pages.queries(None, "", 0)

@@ -1,4 +1,4 @@
-"""Which addresses of a scheduler are refused."""
+"""Which addresses are this machine's own, and which of a scheduler are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refuse_address(key: str, address: str) -> None:
     scheme, host = _parsed(address)
     if scheme not in SCHEMES or not host:
         raise SpecError(f"{key}: found {address!r}; accepted: tls://HOST:PORT, or on this machine tcp://HOST:PORT.")
-    if scheme != "tls" and not _is_loopback(host):
+    if scheme != "tls" and not is_loopback(host):
         raise SpecError(
             f"{key}: {address} is not on this machine and not encrypted: anyone on its network could run code there. Use "
             "tls:// with the files that `gradstore certificates` makes, and DASK_CONFIG set to their dask.yaml."
@@ -40,7 +40,8 @@ def _parsed(address: str) -> tuple[str, str]:
     return parts.scheme, (parts.hostname or "") if is_whole else ""
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine as only it can see itself."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

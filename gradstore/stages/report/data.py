@@ -5,9 +5,12 @@ Nothing here is formatted or escaped; every text may come from a stranger's corp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from gradstore.store.features import FeatureArray
 
 Side = Literal["proponent", "opponent"]
 Verdict = Literal["better", "worse", "unknown"]
@@ -36,6 +39,11 @@ class Group:
     name: str
     depth: int | None
     function: str
+
+
+def groups_of(arrays: Iterable[FeatureArray]) -> list[Group]:
+    """Return the groups of a set's arrays, in the order of the model."""
+    return [Group(name=array.name, depth=array.depth, function=array.function) for array in arrays]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

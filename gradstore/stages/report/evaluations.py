@@ -37,6 +37,12 @@ _ABOUT: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
+def evaluated_kernels(store: FeatureStore) -> list[str]:
+    """Return the kernels of whose rankings something was measured."""
+    kernels = {_parsed(item.name)[1] for item in list_artifacts(store.storage) if item.kind == "evaluation"}
+    return sorted(kernels - {BASELINE})
+
+
 def measured_tables(store: FeatureStore, kernel: str) -> list[MeasuredTable]:
     """Return what was measured of the rankings of a kernel, and of baselines, a table for each evaluation and measure."""
     seed = int(store.run["run"]["seed"])
@@ -44,14 +50,20 @@ def measured_tables(store: FeatureStore, kernel: str) -> list[MeasuredTable]:
     for item in list_artifacts(store.storage):
         if item.kind != "evaluation" or item.committed < item.total:
             continue
-        evaluation, _, name = item.name.partition("/")
-        of_kernel, _, weights = name.partition(".")
+        evaluation, of_kernel, weights = _parsed(item.name)
         # What is chosen by is not what is reported; groups have a picture.
         if evaluation.endswith(_OF_LEARN) or weights == _GROUPS or of_kernel not in (kernel, BASELINE):
             continue
-        table = EvaluationArtifact.open(store.storage, evaluation, name).read()
+        table = EvaluationArtifact.open(store.storage, *item.name.split("/")).read()
         by_evaluation.setdefault(evaluation, []).append((_method(of_kernel, weights), table))
     return [table for evaluation, found in sorted(by_evaluation.items()) for table in _tables(evaluation, found, seed)]
+
+
+def _parsed(name: str) -> tuple[str, str, str]:
+    """An evaluation, a kernel or `BASELINE`, and weights or what stands beside, of an artifact's name."""
+    evaluation, _, method = name.partition("/")
+    kernel, _, weights = method.partition(".")
+    return evaluation, kernel, weights
 
 
 def _method(kernel: str, name: str) -> Method:

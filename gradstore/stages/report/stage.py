@@ -15,11 +15,11 @@ from gradstore.stages.plots import pictures_of
 from gradstore.stages.report.comparison import compare
 from gradstore.stages.report.data import (
     Comparison,
-    Group,
     MeasuredRow,
     PrecisionRow,
     ReportData,
     WeightVector,
+    groups_of,
 )
 from gradstore.stages.report.evaluations import measured_tables
 from gradstore.stages.report.formatting import sentence
@@ -108,7 +108,7 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None, *
     return ReportData(
         name=found["name"],
         facts=_facts(store, found, rankings[0], made_from["contributions"]["kernel"]),
-        groups=[Group(name=array.name, depth=array.depth, function=array.function) for array in arrays],
+        groups=groups_of(arrays),
         weights=[_weights(store, row["weights"]) for row in rankings if row["weights"] is not None],
         queries=read_queries(store, rankings, range(min(num_queries, MAX_QUERIES)), redact=redact),
         precision=summary.precision,
@@ -116,7 +116,7 @@ def collect(store: FeatureStore, found: Mapping[str, Any], kernel: str | None, *
         comparisons=summary.comparisons,
         notes=notes,
         evaluations=measured_tables(store, rankings[0]["kernel"]),
-        pictures=_pictures(store),
+        pictures=lds_pictures(store),
     )
 
 
@@ -181,8 +181,8 @@ def rankings_of(found: Mapping[str, Any], kernel: str | None) -> list[Mapping[st
     return sorted(rankings, key=lambda row: (row["weights"] is not None, row["name"]))
 
 
-def _pictures(store: FeatureStore) -> list[tuple[str, bytes]]:
-    """Pictures of LDS, where it was measured and matplotlib is there; the page draws weights itself."""
+def lds_pictures(store: FeatureStore) -> list[tuple[str, bytes]]:
+    """Return pictures of LDS, what each shows and a PNG, where it was measured and matplotlib is there; pages draw weights themselves."""
     if find_spec("matplotlib") is None:
         return []
     return [(picture.text, picture.png) for picture in pictures_of(store) if picture.name.startswith("lds")]

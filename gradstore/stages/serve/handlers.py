@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, Final
 
 from tornado.web import Application, HTTPError, RequestHandler, url
 
+from gradstore.cluster.kinds.addresses import is_loopback
 from gradstore.errors import GradstoreError, NotReadyError, SpecError
 from gradstore.stages.serve.pages import Pages
 
@@ -42,54 +42,50 @@ _ROW: Final = "([0-9]{1,9})"
 _MOST_DIGITS: Final = 9
 _DIGITS: Final = 12
 
+Make = Callable[..., str | bytes]
+"""Makes an answer of a handler and the parts of its address."""
+
 
 def make_application(pages: Pages, token: str | None, threads: ThreadPoolExecutor) -> Application:
     """Return what answers requests: by pages, which some threads make; to readers who know the token, if there is one.
 
     Jobs have a thread of their own, as one that is silent is watched for a while.
     """
-    shared = {"pages": pages, "token": token, "threads": threads}
-    watching = {**shared, "threads": ThreadPoolExecutor(1, "jobs")}
+    jobs = ThreadPoolExecutor(1, "jobs")
     files = "|".join(name.replace(".", r"\.") for name in _STATIC)
-    routes: Sequence[tuple[str, type[RequestHandler]]] = (
-        ("/", Overview),
-        ("/health", Health),
-        ("/queries", Queries),
-        (f"/queries/{_NAME}/{_ROW}", Query),
-        ("/weights", Weights),
-        ("/evaluations", Evaluations),
-        ("/jobs", Jobs),
-        (f"/jobs/{_NAME}", Job),
-        (rf"/images/{_NAME}/{_ROW}\.png", Picture),
-        (f"/static/({files})", Static),
+    routes: Sequence[tuple[str, Make, ThreadPoolExecutor]] = (
+        ("/", lambda _: pages.overview(), threads),
+        ("/health", lambda _: pages.health(), threads),
+        ("/queries", _queries, threads),
+        (
+            f"/queries/{_NAME}/{_ROW}",
+            lambda asked, kernel, row: pages.query(kernel, int(row), asked.get_query_arguments("by")),
+            threads,
+        ),
+        ("/weights", lambda asked: pages.weights(asked.get_query_arguments("of")), threads),
+        ("/evaluations", lambda asked: pages.evaluations(asked.chosen("kernel")), threads),
+        ("/jobs", lambda _: pages.jobs(), jobs),
+        (f"/jobs/{_NAME}", lambda _, name: pages.job(name), jobs),
+        (rf"/images/{_NAME}/{_ROW}\.png", _picture, threads),
+        (f"/static/({files})", _static, threads),
+        ("/.*", _nothing, threads),
     )
+    shared = {"pages": pages, "token": token}
     return Application(
-        [url(pattern, handler, watching if handler in (Jobs, Job) else shared) for pattern, handler in routes],
-        default_handler_class=Nothing,
-        default_handler_args=shared,
+        [url(pattern, Handler, {**shared, "make": make, "threads": of}) for pattern, make, of in routes],
         # Addresses hold the token once, and a log is no place for it.
         log_function=lambda _: None,
     )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine as only it can see itself."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class Handler(RequestHandler):
-    """What all answers have in common. They answer questions alone: nothing here changes a store."""
+    """What answers a request. It answers questions alone: nothing here changes a store."""
 
     SUPPORTED_METHODS = ("GET", "HEAD")
 
-    def initialize(self, pages: Pages, token: str | None, threads: ThreadPoolExecutor) -> None:
-        """Take what is shared."""
-        self.pages, self.token, self.threads = pages, token, threads
+    def initialize(self, pages: Pages, token: str | None, make: Make, threads: ThreadPoolExecutor) -> None:
+        """Take what makes the answer, of the request and what its address holds, and in which threads."""
+        self.pages, self.token, self.make, self.threads = pages, token, make, threads
 
     def set_default_headers(self) -> None:
         """Let no other page, script or frame take part."""
@@ -114,7 +110,7 @@ class Handler(RequestHandler):
         """Answer with what is made of the request."""
         loop = asyncio.get_running_loop()
         try:
-            answer = await loop.run_in_executor(self.threads, self.make, *found)
+            answer = await loop.run_in_executor(self.threads, self.make, self, *found)
         except NotReadyError as error:
             self.refuse(404, "Not there", str(error))
         except SpecError as error:
@@ -127,10 +123,6 @@ class Handler(RequestHandler):
     async def head(self, *found: str) -> None:
         """Answer without a body."""
         await self.get(*found)
-
-    def make(self, *found: str) -> str | bytes:
-        """Return the answer, made of what the address holds."""
-        raise NotImplementedError
 
     def refuse(self, code: int, title: str, text: str) -> None:
         """Answer with a page that says why there is no other."""
@@ -152,101 +144,28 @@ class Handler(RequestHandler):
         return self.get_query_argument(name, None) or None
 
 
-class Overview(Handler):
-    """The first page."""
-
-    def make(self, *_: str) -> str:
-        """See `Handler`."""
-        return self.pages.overview()
-
-
-class Health(Handler):
-    """What is wrong with the store."""
-
-    def make(self, *_: str) -> str:
-        """See `Handler`."""
-        return self.pages.health()
+def _queries(asked: Handler) -> str:
+    first = asked.get_query_argument("from", "0")
+    if not (first.isascii() and first.isdigit() and len(first) <= _MOST_DIGITS):
+        raise SpecError("from: accepted: the number of a query.")
+    return asked.pages.queries(asked.chosen("kernel"), asked.get_query_argument("q", ""), int(first))
 
 
-class Queries(Handler):
-    """The list of queries."""
-
-    def make(self, *_: str) -> str:
-        """See `Handler`."""
-        first = self.get_query_argument("from", "0")
-        if not (first.isascii() and first.isdigit() and len(first) <= _MOST_DIGITS):
-            raise SpecError("from: accepted: the number of a query.")
-        return self.pages.queries(self.chosen("kernel"), self.get_query_argument("q", ""), int(first))
+def _picture(asked: Handler, set_name: str, row: str) -> bytes:
+    picture = asked.pages.examples.picture(set_name, int(row))
+    asked.set_header("Content-Type", "image/png")
+    return picture
 
 
-class Query(Handler):
-    """A query with its examples."""
-
-    def make(self, *found: str) -> str:
-        """See `Handler`."""
-        kernel, row = found
-        return self.pages.query(kernel, int(row), self.get_query_arguments("by"))
+def _static(asked: Handler, name: str) -> bytes:
+    """A file that lies beside the code."""
+    package, kind = _STATIC[name]
+    asked.set_header("Content-Type", f"{kind}; charset=UTF-8")
+    return resources.files(package).joinpath(name).read_bytes()
 
 
-class Weights(Handler):
-    """Weights, one beside another."""
-
-    def make(self, *_: str) -> str:
-        """See `Handler`."""
-        return self.pages.weights(self.get_query_arguments("of"))
-
-
-class Evaluations(Handler):
-    """What was measured."""
-
-    def make(self, *_: str) -> str:
-        """See `Handler`."""
-        return self.pages.evaluations(self.chosen("kernel"))
-
-
-class Jobs(Handler):
-    """The jobs."""
-
-    def make(self, *_: str) -> str:
-        """See `Handler`."""
-        return self.pages.jobs()
-
-
-class Job(Handler):
-    """One job."""
-
-    def make(self, *found: str) -> str:
-        """See `Handler`."""
-        return self.pages.job(found[0])
-
-
-class Picture(Handler):
-    """The pixels of an example."""
-
-    def make(self, *found: str) -> bytes:
-        """See `Handler`."""
-        set_name, row = found
-        picture = self.pages.examples.picture(set_name, int(row))
-        self.set_header("Content-Type", "image/png")
-        return picture
-
-
-class Static(Handler):
-    """Files that lie beside the code."""
-
-    def make(self, *found: str) -> bytes:
-        """See `Handler`."""
-        package, kind = _STATIC[found[0]]
-        self.set_header("Content-Type", f"{kind}; charset=UTF-8")
-        return resources.files(package).joinpath(found[0]).read_bytes()
-
-
-class Nothing(Handler):
-    """What there is no page for."""
-
-    def make(self, *_: str) -> str:
-        """See `Handler`."""
-        raise NotReadyError(f"there is no page {self.request.path}.")
+def _nothing(asked: Handler) -> str:
+    raise NotReadyError(f"there is no page {asked.request.path}.")
 
 
 def cookie_of(token: str) -> str:

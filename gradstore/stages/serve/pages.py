@@ -7,7 +7,6 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from threading import Lock
 from typing import Any, Final
 
@@ -15,23 +14,20 @@ import jinja2
 
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.stages.jobs import list_jobs, read_lines, show
-from gradstore.stages.plots import pictures_of
 from gradstore.stages.progress import Progress, duration
-from gradstore.stages.report.data import Group, WeightVector, tail_patch_table
-from gradstore.stages.report.evaluations import measured_tables
+from gradstore.stages.report.data import Group, WeightVector, groups_of, tail_patch_table
+from gradstore.stages.report.evaluations import evaluated_kernels, measured_tables
 from gradstore.stages.report.formatting import sentence
 from gradstore.stages.report.layers import draw_weights, lay_out
 from gradstore.stages.report.page import view_query, view_table
 from gradstore.stages.report.queries import read_queries
-from gradstore.stages.report.stage import Summary, rankings_of, summarize
+from gradstore.stages.report.stage import Summary, lds_pictures, rankings_of, summarize
 from gradstore.stages.report.templates import make_environment
-from gradstore.stages.score.sources import BASELINE
 from gradstore.stages.serve.examples import Examples
 from gradstore.stages.show_weights import show_weights
 from gradstore.stages.status import status
 from gradstore.stages.verify import verify
 from gradstore.stages.weights import UNWEIGHTED
-from gradstore.store.artifacts import list_artifacts
 from gradstore.store.features import FeatureStore
 
 PAGE_ROWS: Final = 50
@@ -58,6 +54,15 @@ _PARTS: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """What was read, when, and of which version."""
+
+    at: float
+    version: Any
+    found: Any
+
+
 # Without slots: what is read for some pages is read once.
 @dataclass(kw_only=True)
 class Pages:
@@ -73,7 +78,7 @@ class Pages:
 
     url: str
     redact: bool = False
-    _kept: dict[str, tuple[float, Any]] = field(default_factory=dict)
+    _kept: dict[str, _Kept] = field(default_factory=dict)
     _locks: dict[str, Lock] = field(default_factory=dict)
 
     @cached_property
@@ -84,8 +89,13 @@ class Pages:
     @property
     def examples(self) -> Examples:
         """Its examples, as they were a short while ago."""
+        info = self.store.open_set("eval").info
         found: Examples = self._keep(
-            "examples", _EXAMPLES_SECONDS, lambda: Examples(store=self.store, redact=self.redact)
+            "examples",
+            _EXAMPLES_SECONDS,
+            lambda: Examples(store=self.store, redact=self.redact),
+            # Rows are added and erased, and neither comes back.
+            version=(info.rows, len(info.erased)),
         )
         return found
 
@@ -195,7 +205,7 @@ class Pages:
 
     def evaluations(self, kernel: str | None) -> str:
         """What `gradstore evaluate` measured, and the pictures of LDS."""
-        kernels = self._evaluated()
+        kernels = evaluated_kernels(self.store)
         kernel = kernel or next(iter(kernels), "")
         measured = self._keep(f"tables {kernel}", _EXAMPLES_SECONDS, lambda: measured_tables(self.store, kernel))
         tables = [view_table(table) for table in measured]
@@ -223,25 +233,21 @@ class Pages:
         return self._draw("failure.html.jinja", page=title, name="gradstore", text=text)
 
     def _pictures(self) -> list[tuple[str, str]]:
-        """Pictures of LDS, where matplotlib is there."""
-        if find_spec("matplotlib") is None:
-            return []
-        drawn = (picture for picture in pictures_of(self.store) if picture.name.startswith("lds"))
-        return [(picture.text, b64encode(picture.png).decode()) for picture in drawn]
+        return [(text, b64encode(png).decode()) for text, png in lds_pictures(self.store)]
 
     def _status(self) -> dict[str, Any]:
         found: dict[str, Any] = self._keep("status", _FRESH_SECONDS, lambda: status(self.url))
         return found
 
-    def _keep(self, key: str, seconds: float, read: Callable[[], Any]) -> Any:
-        """What was read a short while ago, or else anew; once for all who ask at the same time."""
+    def _keep(self, key: str, seconds: float, read: Callable[[], Any], version: Any = None) -> Any:
+        """What was read a short while ago, of the same version, or else anew; once for all who ask at the same time."""
         with self._locks.setdefault(key, Lock()):
             kept = self._kept.get(key)
-            if kept is None or time.monotonic() - kept[0] > seconds:
+            if kept is None or kept.version != version or time.monotonic() - kept.at > seconds:
                 found = read()
                 # As long ago as the reading ended.
-                kept = self._kept[key] = (time.monotonic(), found)
-            return kept[1]
+                kept = self._kept[key] = _Kept(at=time.monotonic(), version=version, found=found)
+            return kept.found
 
     def _kernels(self) -> list[str]:
         found = sorted({row["kernel"] for row in self._status()["scores"] if row["committed"] == row["total"]})
@@ -249,14 +255,8 @@ class Pages:
             raise NotReadyError(f"{self.url}: there are no finished scores. Run `gradstore score`.")
         return found
 
-    def _evaluated(self) -> list[str]:
-        """The kernels of which something was measured."""
-        done = [item.name for item in list_artifacts(self.store.storage) if item.kind == "evaluation"]
-        return sorted({name.partition("/")[2].partition(".")[0] for name in done} - {BASELINE})
-
     def _groups(self) -> list[Group]:
-        arrays = self.store.open_set("train").info.arrays
-        return [Group(name=array.name, depth=array.depth, function=array.function) for array in arrays]
+        return groups_of(self.store.open_set("train").info.arrays)
 
     def _render(self, template: str, title: str, **values: Any) -> str:
         return self._draw(template, page=title, name=self._status()["name"], **values)

@@ -16,8 +16,9 @@ from typing import Final
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
+from gradstore.cluster.kinds.addresses import is_loopback
 from gradstore.errors import SpecError
-from gradstore.stages.serve.handlers import is_loopback, make_application
+from gradstore.stages.serve.handlers import make_application
 from gradstore.stages.serve.pages import Pages
 
 TOKEN: Final = "GRADSTORE_TOKEN"  # noqa: S105 - the name of a variable

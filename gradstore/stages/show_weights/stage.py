@@ -11,7 +11,7 @@ import numpy as np
 
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.stages.output import replacing, require_place
-from gradstore.stages.report.data import Group, WeightVector
+from gradstore.stages.report.data import WeightVector, groups_of
 from gradstore.stages.show_weights.picture import Drawing, draw_page, draw_picture
 from gradstore.stages.weights import open_weights, read_weights
 from gradstore.store.artifacts import WeightsArtifact, list_artifacts
@@ -169,10 +169,7 @@ _WRITERS: Final[Mapping[str, Callable[[Path, FeatureStore, Mapping[str, Any]], N
 def _drawing(store: FeatureStore, found: Mapping[str, Any]) -> Drawing:
     return Drawing(
         name=store.run["run"]["name"],
-        groups=[
-            Group(name=array.name, depth=array.depth, function=array.function)
-            for array in store.open_set("train").info.arrays
-        ],
+        groups=groups_of(store.open_set("train").info.arrays),
         vectors=[
             WeightVector(name=item["name"], weights=read_weights(store, item["name"]).tolist())
             for item in found["weights"]
