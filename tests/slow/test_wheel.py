@@ -1,49 +1,25 @@
-"""What is released: a wheel and a source distribution that hold what they should, and a run from the installed wheel alone."""
+"""What is released: a wheel and a source distribution that hold what they should, and the demo by the installed wheel alone."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
+import re
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.runs import make_run
-from tests.slow.conftest import ROOT
+from tests.slow.conftest import DEMO_PACKAGES, ROOT, run_alone
 
 pytestmark = pytest.mark.slow
 
 
-def run(*command: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> str:
-    """Run a command that has to succeed, in an environment that knows nothing of this checkout."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**kept, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both distributions, the wheel made of the source distribution."""
-    folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, cwd=ROOT)
-    return folder
-
-
-def test_distributions_hold_what_they_should(dist: Path) -> None:
-    (wheel,) = dist.glob("*.whl")
-    (source,) = dist.glob("*.tar.gz")
+def test_distributions_hold_what_they_should(fresh: Path) -> None:
+    (wheel,) = (fresh / "dist").glob("*.whl")
+    (source,) = (fresh / "dist").glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
@@ -66,31 +42,30 @@ def test_distributions_hold_what_they_should(dist: Path) -> None:
     assert not [name for name in inside if name.startswith(("runs/", ".venv", "build/"))]
 
 
-def test_the_installed_wheel_goes_the_whole_path(dist: Path, tmp_path: Path) -> None:
-    (wheel,) = dist.glob("*.whl")
-    venv = tmp_path / "venv"
-    run(sys.executable, "-m", "venv", venv, cwd=tmp_path)
-    pip: list[str | Path] = [
-        venv / "bin" / "python",
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-compile",
-        "-c",
-        ROOT / "constraints.txt",
-    ]
-    run(*pip, f"{wheel}[transformers,report]", cwd=tmp_path)
-    program = venv / "bin" / "gradstore"
-    path = make_run(tmp_path / "run", str(tmp_path / "store"))
+def test_the_installed_wheel_runs_the_demo_without_this_checkout(fresh: Path, demo: Path, tmp_path: Path) -> None:
+    program, python = fresh / "venv" / "bin" / "gradstore", fresh / "venv" / "bin" / "python"
 
-    assert run(program, "--version", cwd=tmp_path).startswith("gradstore 0.")
-    assert "featurize" in run(
-        program,
-        cwd=tmp_path,
-        env={"_GRADSTORE_COMPLETE": "complete_bash", "COMP_WORDS": "gradstore fea", "COMP_CWORD": "1"},
-    )
-    assert "report:" in run(program, "run", path, cwd=tmp_path)
-    assert (tmp_path / "store" / "report.html").exists()
-    where = run(venv / "bin" / "python", "-c", "import gradstore; print(gradstore.__file__)", cwd=tmp_path)
-    assert Path(where.strip()).is_relative_to(venv)
+    assert run_alone(program, "--version", cwd=tmp_path).startswith("gradstore 0.")
+    asked = {"_GRADSTORE_COMPLETE": "complete_bash", "COMP_WORDS": "gradstore fea", "COMP_CWORD": "1"}
+    assert "featurize" in run_alone(program, cwd=tmp_path, env=asked)
+    where = run_alone(python, "-c", "import gradstore; print(gradstore.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(fresh / "venv")
+    assert "report:" in (demo / "demo.txt").read_text(encoding="utf-8")
+    assert (demo / "runs" / "demo" / "report.html").exists()
+
+
+def test_the_list_of_what_a_wheel_comes_with_names_every_package_and_its_version(fresh: Path, tmp_path: Path) -> None:
+    listed = json.loads((fresh / "sbom.json").read_text(encoding="utf-8"))
+
+    assert listed["bomFormat"] == "CycloneDX"
+    found = versions((listed["metadata"]["component"], *listed["components"]))
+    python = fresh / "venv" / "bin" / "python"
+    there = versions(json.loads(run_alone(python, "-m", "pip", "list", "--format", "json", cwd=tmp_path)))
+    assert {"gradstore", "torch", "zarr", "dask"} <= found.keys()
+    # The demo's own packages come later.
+    assert {name: version for name, version in there.items() if name not in DEMO_PACKAGES} == found
+
+
+def versions(packages: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Versions of packages by their names, however these are spelled."""
+    return {re.sub("[-_.]+", "-", package["name"]).lower(): package["version"] for package in packages}

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from gradstore.stages.evaluate import compared, compared_detection, described
 from gradstore.stages.report.data import TAIL_PATCH, MeasuredRow, MeasuredTable
+from gradstore.stages.report.datamodeling import compared_two_way
 from gradstore.stages.score.sources import BASELINE, Method
 from gradstore.stages.weights import UNWEIGHTED
 from gradstore.store.artifacts import EvaluationArtifact, list_artifacts
@@ -19,11 +20,15 @@ _HUNDRED: Final = 100.0
 _PERCENT: Final = "percent"
 _OF_LEARN: Final = ".learn"
 _GROUPS: Final = "groups"
+_OF_BOTH: Final = " (intervals: of the queries and of the subsets)"
+_OF_QUERIES_ALONE: Final = (
+    " (intervals: of the queries alone, which are too narrow; the models' outputs are not at hand)"
+)
 # By what the name of a measure begins with: what it is called, and what it says.
 _ABOUT: Final[Mapping[str, tuple[str, str]]] = {
     "lds": (
         "LDS",
-        "rank correlation, times 100, of scores with what models output that were trained on subsets (intervals: of the queries alone)",
+        "rank correlation, times 100, of scores with what models output that were trained on subsets",
     ),
     "recall": (
         "Known contributors",
@@ -56,7 +61,11 @@ def measured_tables(store: FeatureStore, kernel: str) -> list[MeasuredTable]:
             continue
         table = EvaluationArtifact.open(store.storage, *item.name.split("/")).read()
         by_evaluation.setdefault(evaluation, []).append((_method(of_kernel, weights), table))
-    return [table for evaluation, found in sorted(by_evaluation.items()) for table in _tables(evaluation, found, seed)]
+    return [
+        table
+        for evaluation, found in sorted(by_evaluation.items())
+        for table in _tables(store, evaluation, found, seed)
+    ]
 
 
 def _parsed(name: str) -> tuple[str, str, str]:
@@ -72,7 +81,9 @@ def _method(kernel: str, name: str) -> Method:
     return Method(name=name, kernel=kernel, weights=None if name == UNWEIGHTED else name)
 
 
-def _tables(evaluation: str, found: Sequence[tuple[Method, pa.Table]], seed: int) -> Iterator[MeasuredTable]:
+def _tables(
+    store: FeatureStore, evaluation: str, found: Sequence[tuple[Method, pa.Table]], seed: int
+) -> Iterator[MeasuredTable]:
     """Tables of one evaluation: without weights first, baselines last."""
     kind, _, name = evaluation.partition(".")
     title, about = _ABOUT[kind]
@@ -83,7 +94,10 @@ def _tables(evaluation: str, found: Sequence[tuple[Method, pa.Table]], seed: int
         found = [(method, table) for method, table in found if table.select(["example", "wrong"]).equals(looked)]
         told = compared_detection(found, looked["wrong"].to_numpy(), seed=seed)
     else:
-        told = compared([(described(method), _values(table)) for method, table in found], seed=seed)
+        two_way = compared_two_way(store, evaluation, found, seed=seed) if kind == "lds" else None
+        told = two_way or compared([(described(method), _values(table)) for method, table in found], seed=seed)
+        if kind == "lds":
+            about += _OF_QUERIES_ALONE if two_way is None else _OF_BOTH
     measures = dict.fromkeys(measure for row in told for measure in row["measures"])
     for measure in measures:
         rows = [row for row in told if measure in row["measures"]]
