@@ -1,7 +1,7 @@
 """Runs a study - train, attribute, evaluate - and writes its tables: ``python pipelines/study.py pipelines/classification``.
 
 A folder's study.toml lists tables, and of each the rows: a label and a run.toml; and which weights one run's store is given of
-another's. What is done already is kept, so that a study that was stopped goes on where it was. With a second argument only such runs
+another's; commands ``before`` come first. What is done already is kept, so that a study that was stopped goes on where it was. With a second argument only such runs
 are made whose names begin with it, and with ``--pages`` none: pages are written again. Beside study.toml are written results.md,
 and results.json with all that the commands told; values of every query are in values.parquet. docs/results.md has the results of
 all studies.
@@ -33,6 +33,7 @@ from gradstore.store.features import FeatureStore
 
 Told = Mapping[str, Any]
 _HUNDRED = 100
+COST = "cost"
 PACKED = {"compression": "zstd", "compression_level": 19}
 INTRODUCTION = """The tables of arXiv 2506.05647 in small, on models that are trained in seconds: `make tables` makes them again, in some hours on two
 cores. Numbers compare methods with each other, not with the paper's, whose models and data are larger. *w/o w* is without weights, *w* with
@@ -72,6 +73,8 @@ def run(folder: Path, study: Told, only: str) -> Iterator[tuple[str, str, Told]]
     """Yield of every run, and of all that it measures, what the command told."""
     if "prepare" in study:
         subprocess.run([sys.executable, folder / study["prepare"]], check=True)
+    for command in [] if only else study.get("before", []):
+        gradstore(folder, *command)
     finished: set[str] = set()
     transfers = [] if only else study.get("transfers", [])
     for transfer in transfers:
@@ -89,9 +92,12 @@ def run(folder: Path, study: Told, only: str) -> Iterator[tuple[str, str, Told]]
             if asked in measured or not row["run"].startswith(only):
                 continue
             make(folder, row, finished)
+            measured.add(asked)
+            if table["measure"] == COST:
+                yield (*asked, cost_of(read_spec(folder / row["run"]).run.store))
+                continue
             told = json.loads(gradstore(folder, "evaluate", table["measure"], row["run"], "--json"))
             weights = learned_weights(told.pop("store"), told["methods"])
-            measured.add(asked)
             yield (*asked, {**told, "weights": weights})
 
 
@@ -110,6 +116,17 @@ def learned_weights(url: str, methods: Iterable[Told]) -> dict[str, list[float]]
     store = FeatureStore.open(url)
     names = {method["weights"] for method in methods if method["weights"] is not None}
     return {name: read_weights(store, name).tolist() for name in sorted(names)}
+
+
+def cost_of(url: str) -> dict[str, float]:
+    """What features cost: bytes of a train example, and milliseconds of computing it, and a query, on one core."""
+    store = FeatureStore.open(url)
+    found = {"bytes": float(store.open_set("train").info.row_bytes)}
+    for name in ("train", "eval"):
+        feature_set = store.open_set(name)
+        seconds = sum(float(facts["seconds"]) for facts in feature_set.log.facts().values())
+        found[f"{name}_milliseconds"] = 1000 * seconds / feature_set.info.num_examples
+    return found
 
 
 def write_pages(pipelines: Path) -> None:
@@ -146,6 +163,9 @@ def page(folder: Path, study: Told, found: Mapping[str, Mapping[str, Told]]) -> 
         yield from ("", f"### {table['name']}", "")
         if table.get("shows") == "similarity":
             yield from similarities(table, found)
+            continue
+        if table["measure"] == COST:
+            yield from costs(table, found)
             continue
         yield from ("| | w/o w | w | difference |", "|---|---|---|---|")
         firsts: dict[str, Told] = {}
@@ -197,6 +217,17 @@ def baselines_of(label: str, told: Told, of: str | None) -> Iterator[str]:
         measure = of or next(iter(row["measures"]))
         if row["kernel"] is None and measure in row["measures"]:
             yield f"| {label}{row['method']} | {interval(row['measures'][measure], factor_of(told))} | | |"
+
+
+def costs(table: Told, found: Mapping[str, Mapping[str, Told]]) -> Iterator[str]:
+    """What features cost."""
+    yield from ("| | bytes an example | ms an example | ms a query |", "|---|---|---|---|")
+    for row in table["rows"]:
+        told = found.get(row["run"], {}).get(COST)
+        cells = ["not measured", "", ""]
+        if told is not None:
+            cells = [f"{told['bytes']:,.0f}", *(f"{told[f'{name}_milliseconds']:.1f}" for name in ("train", "eval"))]
+        yield f"| {row['label']} | {' | '.join(cells)} |"
 
 
 def similarities(table: Told, found: Mapping[str, Mapping[str, Told]]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from gradstore.adapters.causal_lm import CausalLM
 from gradstore.adapters.diffusion import Diffusion
+from gradstore.adapters.encoder import Represents, TextEncoder
 from gradstore.adapters.image_classifier import ImageClassifier
 from gradstore.adapters.models.precision import resolve_precision
 from gradstore.adapters.protocol import (
@@ -28,6 +29,7 @@ ADAPTERS: dict[str, Callable[[ModelSection, DataSection, int], Adapter]] = {
     "causal_lm": CausalLM,
     "image_classifier": ImageClassifier,
     "diffusion": Diffusion,
+    "text_encoder": TextEncoder,
     "synthetic": Synthetic,
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "Examples",
     "Facts",
     "QueryReader",
+    "Represents",
     "SourceFacts",
     "TakesQueries",
     "WithResiduals",

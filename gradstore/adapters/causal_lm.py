@@ -283,14 +283,9 @@ class CausalLM:
 
 def _padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens [B, T] of examples of any lengths, and which of them are no padding."""
-    import torch
+    from gradstore.numerics.representation.model import padded
 
-    sizes = torch.tensor([example.size for example in examples])
-    tokens = torch.zeros(len(examples), int(sizes.max()), dtype=torch.long)
-    for row, example in enumerate(examples):
-        tokens[row, : example.size] = torch.from_numpy(example.inputs[TOKENS].copy())
-    mask = torch.arange(tokens.shape[1]) < sizes[:, None]
-    return tokens.to(device), mask.to(device)
+    return padded([example.inputs[TOKENS] for example in examples], device)
 
 
 def _needed(mask: Tensor) -> Tensor | None:

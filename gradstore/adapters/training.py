@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from gradstore.numerics.training import TrainingSettings
 
 SCRATCH: Final = "scratch"
+FINE_TUNE: Final = "fine_tune"
+AIRREP: Final = "airrep"
+"""The trainer of an encoder of texts, which only `gradstore train` has: it learns from models that others have trained."""
+
+_SHIPPED: Final = (SCRATCH, FINE_TUNE)
 _KEY: Final = "training"
 _BATCH: Final = 64
 
@@ -69,24 +74,24 @@ class Trainer(Protocol):
 
 
 def resolve_trainer(name: str, options: Mapping[str, Any]) -> Trainer:
-    """Return a trainer by its name, ``scratch`` or ``module:function``, as [training] names it.
+    """Return a trainer by its name, ``scratch``, ``fine_tune`` or ``module:function``, as [training] names it.
 
-    ``scratch`` trains from random parameters by the settings of `gradstore.numerics.training.TrainingSettings`. A function is
-    called with the adapter, the examples, ``seed``, ``device`` and the options by name, and returns the model.
+    ``scratch`` trains from random parameters, and ``fine_tune`` from those that the adapter loads, by the settings of
+    `gradstore.numerics.training.TrainingSettings`. A function is called with the adapter, the examples, ``seed``, ``device`` and the options by name, and returns the model.
 
     Raises
     ------
     SpecError
         If there is no such trainer, or an option is unknown or of the wrong type.
     """
-    if name == SCRATCH:
+    if name in _SHIPPED:
         from gradstore.numerics.training import TrainingSettings
 
-        settings = resolve_kind({SCRATCH: TrainingSettings}, SCRATCH, dict(options), f"{_KEY}.options")
-        return _Scratch(settings)
+        settings = resolve_kind({name: TrainingSettings}, name, dict(options), f"{_KEY}.options")
+        return _Shipped(name, settings)
     if not is_function(name):
         raise SpecError(
-            f"{_KEY}.trainer: found {name!r}; accepted: {SCRATCH}, or a function of yours, package.module:function."
+            f"{_KEY}.trainer: found {name!r}; accepted: {', '.join(_SHIPPED)}, {AIRREP} of `gradstore train` with a text_encoder, or a function of yours, package.module:function."
         )
     return _Own(name, find_function(name, f"{_KEY}.trainer"), dict(options))
 
@@ -94,7 +99,7 @@ def resolve_trainer(name: str, options: Mapping[str, Any]) -> Trainer:
 def trainer_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells models of two trainers apart: name, options, and a hash of the file that a user's own is in."""
     code = None
-    if name != SCRATCH:
+    if name not in _SHIPPED:
         find_function(name, f"{_KEY}.trainer")
         code = code_hash(name)
     return {"trainer": name, "options": dict(options), "code": code}
@@ -112,19 +117,21 @@ def outputs_of(adapter: Adapter, model: nn.Module, examples: Sequence[Example]) 
     return found
 
 
-class _Scratch:
-    def __init__(self, settings: TrainingSettings) -> None:
-        self._settings = settings
+class _Shipped:
+    """Trains the model of an adapter, made anew or as it loads."""
+
+    def __init__(self, name: str, settings: TrainingSettings) -> None:
+        self._name, self._settings = name, settings
 
     def __call__(self, adapter: Adapter, examples: Sequence[Example], *, seed: int, device: str) -> nn.Module:
         from gradstore.numerics.training import train
 
         if not isinstance(adapter, Untrained):
             raise SpecError(
-                f"{_KEY}.trainer: found {SCRATCH!r}, and {type(adapter).__name__} does not say how its model is made anew. Name a "
+                f"{_KEY}.trainer: found {self._name!r}, and {type(adapter).__name__} does not say how its model is made anew. Name a "
                 "function of yours, package.module:function."
             )
-        model = adapter.fresh(seed, device)
+        model = adapter.fresh(seed, device) if self._name == SCRATCH else adapter.load(device)
         train(model, adapter.losses, examples, self._settings, seed=seed)
         return model
 

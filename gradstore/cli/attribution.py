@@ -82,6 +82,13 @@ def influence(  # noqa: PLR0913 - typer takes a command's options from its param
     store: Store,
     *,
     by: Annotated[Literal["label", "source"], typer.Option("--by", help="Whose train rows are summed.")] = "label",
+    pool: Annotated[
+        Literal["sum", "attention"], typer.Option("--pool", help="How rows are put together: attention as AirRep does.")
+    ] = "sum",
+    examples: Annotated[
+        Path | None,
+        typer.Option("--examples", metavar="FILE", help="Instead of labels and sources one set: ids, one a line."),
+    ] = None,
     kernel: Kernel = None,
     weighted: Weights = None,
     query: Query = None,
@@ -92,7 +99,8 @@ def influence(  # noqa: PLR0913 - typer takes a command's options from its param
     from gradstore.stages.influence import Asked, render_influence
     from gradstore.stages.influence import influence as stage
 
-    found = stage(store, Asked(kernel=kernel, weights=weighted, query=query, on_itself=on_itself), by)
+    asked = Asked(kernel=kernel, weights=weighted, query=query, on_itself=on_itself)
+    found = stage(store, asked, by, pool=pool, examples=examples)
     if as_json:
         typer.echo(json.dumps(found))
     else:

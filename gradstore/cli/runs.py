@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -123,9 +123,38 @@ def train(
         typer.echo(json.dumps({"models": found}))
         return
     for model in found:
-        means = ", ".join(f"{name} {value:.4g}" for name, value in model["output"].items())
         done = "is there" if model["kept"] else f"trained on {model['examples']:,} examples in {model['seconds']:.1f} s"
-        typer.echo(f"{model['model']}: {done}; mean output: {means}")
+        if "output" in model:
+            told = "mean output: " + ", ".join(f"{name} {value:.4g}" for name, value in model["output"].items())
+        else:
+            told = f"ranks {model['accuracy']:.1%} of pairs of subsets that were held out, {model['accuracy_before']:.1%} before"
+        typer.echo(f"{model['model']}: {done}; {told}")
+
+
+@app.command()
+def signal(
+    context: typer.Context, run: Run, scheduler: Scheduler = None, quiet: Quiet = False, as_json: Json = False
+) -> None:
+    """Train the model on small subsets of its train examples, from which an encoder learns attribution; see [signal]."""
+    from gradstore.spec import read_spec
+    from gradstore.stages.retraining import make_signal
+
+    found: list[dict[str, Any]] = []
+    run_stages(
+        context,
+        read_spec(run),
+        scheduler,
+        quiet,
+        lambda spec, engine, progress: found.append(make_signal(spec, engine, progress)),
+    )
+    if as_json:
+        typer.echo(json.dumps(found[0]))
+        return
+    told = found[0]
+    typer.echo(
+        f"{told['store']}/retrained/{told['signal']}: models of {told['subsets']:,} subsets of {told['examples']:,} examples, with what "
+        f"they output for {told['queries']:,} learn queries"
+    )
 
 
 @app.command()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
 from gradstore.errors import SpecError
 from gradstore.spec.section import NAME, Section
 
-Baseline = Literal["bm25", "embedding", "cosine", "random"]
+Baseline = Literal["bm25", "tfidf", "embedding", "cosine", "random"]
+# tfidf needs a package that not everyone has.
+_BASELINES: Final[tuple[Baseline, ...]] = ("bm25", "embedding", "cosine", "random")
 LABEL: Final = "label"
 """In ``evaluate.recall.by``, where anything else is a file."""
 
@@ -70,7 +72,8 @@ class DatamodelingSection(Section):
     averaged. ``name`` tells apart retrainings by several trainers. ``output`` is the output function of which retrained models are
     asked, ``model.output`` unless given, and of diffusion models the error of the noise. ``store`` is where they are kept, the run's
     own unless given: runs on the same examples may share them. ``groups`` asks for the LDS of every parameter group alone.
-    ``choose`` names the queries by which one of the run's kernels and weights is chosen.
+    ``choose`` names the queries by which one of the run's kernels and weights is chosen. ``pool`` is how the scores of a subset's
+    examples become what they predict of it: their ``sum``, or by ``attention``, as AirRep does; baselines are summed.
     """
 
     name: str = Field(default="half", pattern=NAME)
@@ -80,6 +83,7 @@ class DatamodelingSection(Section):
     output: str | None = Field(default=None, min_length=1)
     store: str | None = Field(default=None, min_length=1)
     groups: bool = True
+    pool: Literal["sum", "attention"] = "sum"
     choose: str | None = None
 
     @model_validator(mode="after")
@@ -111,7 +115,7 @@ class EvaluateSection(Section):
     Embeddings are hidden states of the run's model, or those of the sentence encoder that ``encoder`` names, a folder or hub id.
     """
 
-    baselines: list[Baseline] = Field(default_factory=lambda: [*get_args(Baseline)])
+    baselines: list[Baseline] = Field(default_factory=lambda: [*_BASELINES])
     encoder: str | None = Field(default=None, min_length=1)
 
     recall: RecallSection | None = None

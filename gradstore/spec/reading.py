@@ -102,6 +102,9 @@ def _resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 
     model = resolved(spec.model, *_MODEL_PATHS)
     model = model.model_copy(update={"members": [resolved(member, *_MODEL_PATHS) for member in model.members]})
+    if isinstance(attributed := model.options.get("attributed"), Mapping):
+        paths = {key: absolute(attributed[key]) for key in _MODEL_PATHS if isinstance(attributed.get(key), str)}
+        model = model.model_copy(update={"options": {**model.options, "attributed": {**attributed, **paths}}})
     if model.config is not None:
         model = model.model_copy(update={"config": str(folder / model.config)})
     training = resolved(spec.training, "base")

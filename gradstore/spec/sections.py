@@ -13,6 +13,7 @@ from gradstore.spec.data import DataSection
 from gradstore.spec.evaluation import EvaluateSection, TailPatchSection
 from gradstore.spec.learning import LearnSection
 from gradstore.spec.section import NAME, Section
+from gradstore.spec.signal import SignalSection
 from gradstore.spec.training import TrainingSection
 
 LONE_MEMBER = "m0"
@@ -225,8 +226,21 @@ class RunSpec(Section):
     score: ScoreSection = ScoreSection()
     sketch: SketchSection = SketchSection()
     training: TrainingSection = TrainingSection()
+    signal: SignalSection = SignalSection()
     evaluate: EvaluateSection = EvaluateSection()
     cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_they_are(cls, values: Any) -> Any:
+        """Representations are kept as they are, unless another projection of them is asked for."""
+        model = values.get("model") if isinstance(values, Mapping) else None
+        if not isinstance(model, Mapping) or model.get("adapter") != "text_encoder":
+            return values
+        features = values.get("features", {})
+        if not isinstance(features, Mapping) or "projection" in features:
+            return values
+        return {**values, "features": {**features, "projection": {"kind": "identity"}}}
 
     @model_validator(mode="after")
     def _check(self) -> RunSpec:
@@ -274,6 +288,13 @@ class RunSpec(Section):
             )
             for suffix, kernel in self.kernel.suffixes().items()
         ]
+
+    def untrained(self) -> RunSpec:
+        """Return the run as it is before there is a model: with [training] base in the place of its source, and no weights."""
+        section = self.model.model_copy(update={"weights": None, "source": self.training.base or self.model.source})
+        gone = {"weights": None} | ({} if self.training.base is None else {"source": None})
+        members = [member.model_copy(update=gone) for member in section.members]
+        return self.model_copy(update={"model": section.model_copy(update={"members": members})})
 
     def learn_targets(self) -> list[tuple[str, str]]:
         """Return what is learned: from which set of queries, and the name of the weights, those of an aspect ending in its own."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from scipy.stats import spearmanr
+from scipy.stats import kendalltau, spearmanr
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
@@ -228,6 +228,9 @@ def test_the_command_retrains_and_finds_the_same(study: Study, found: dict[str, 
     measured = {row["method"]: row["measures"]["lds"] for row in found["methods"]}
     assert 0.6 <= measured["unweighted"]["low"] <= measured["unweighted"]["mean"] <= measured["unweighted"]["high"]
     assert measured["random"]["low"] <= 0 <= measured["random"]["high"]
+    accuracy = {row["method"]: row["measures"]["ranking_accuracy"] for row in found["methods"]}
+    assert 0.7 <= accuracy["unweighted"]["low"] <= accuracy["unweighted"]["mean"] <= accuracy["unweighted"]["high"] < 1
+    assert accuracy["random"]["low"] <= 0.5 <= accuracy["random"]["high"]
     # Of one group there is one weight, which changes no order.
     assert measured["learned"]["difference"] == {"mean": 0, "low": 0, "high": 0}
 
@@ -249,6 +252,11 @@ def test_the_command_retrains_and_finds_the_same(study: Study, found: dict[str, 
     ]
     assert values["correlation"].to_pylist() == pytest.approx(correlations, abs=1e-9)
     assert measured["unweighted"]["mean"] == pytest.approx(np.mean(correlations))
+    # No two are equal: Kendall's tau is the share in the right order less that in the wrong one.
+    taus = [
+        kendalltau(predicted, actual).statistic for predicted, actual in zip(sums, np.array(retrained).T, strict=True)
+    ]
+    assert accuracy["unweighted"]["mean"] == pytest.approx((1 + np.mean(taus)) / 2)
 
 
 def test_models_that_were_trained_are_not_trained_again(study: Study, found: dict[str, Any]) -> None:

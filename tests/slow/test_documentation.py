@@ -6,12 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.browser import CHROMIUM, Browser, Page
 from tests.runs import gradstore
 from tests.unit.test_docs import NOTEBOOKS, PAGES, ROOT, blocks
 
@@ -65,19 +69,59 @@ def test_every_command_is_documented() -> None:
     shown = gradstore("--help").stdout
     commands = re.findall(r"^  ([\w-]+)  ", shown[shown.index("Commands:") :], re.MULTILINE)
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert len(commands) == 33
+    assert len(commands) == 34
     for command in commands:
         assert re.search(rf"(`|gradstore ){command}\b", text), command
 
 
-def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    mkdocs = Path(sys.executable).parent / "mkdocs"
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, which builds strictly."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
     built = subprocess.run(
-        [mkdocs, "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        [Path(sys.executable).parent / "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert built.returncode == 0, built.stderr
-    assert (tmp_path / "site" / "index.html").exists()
+    return folder
+
+
+def test_the_site_has_every_page(site: Path) -> None:
+    written = [page for page in (ROOT / "docs").rglob("*.md") if page.stem != "index"]
+    assert (site / "index.html").exists()
+    assert [
+        page for page in written if not (site / page.relative_to(ROOT / "docs").with_suffix("") / "index.html").exists()
+    ] == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_the_search_of_the_site_finds_a_page_and_asks_nobody_else(site: Path, browser: Browser) -> None:
+    async def look(page: Page) -> None:
+        await page.open(f"{address}/", width=1440)
+        await page.run("document.querySelector('[data-md-component=search-query]').focus()")
+        await page.call("Input.insertText", text="kubernetes")
+        for _ in range(200):
+            links = await page.run("[...document.querySelectorAll('.md-search-result__link')].map((e) => e.href)")
+            if links:
+                break
+            await page.run("new Promise((done) => setTimeout(done, 50))")
+        (found, *_) = [link for link in links if link.startswith(f"{address}/clusters/")]
+        await page.open(found, width=1440)
+        assert "Kubernetes" in await page.run("document.querySelector('article').innerText")
+        assert page.complaints == []
+        assert any("search_index.json" in url for url in page.requests)
+        assert {url for url in page.requests if not url.startswith((f"{address}/", "data:"))} == set()
+
+    handler = partial(SimpleHTTPRequestHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            browser.visit(look)
+        finally:
+            server.shutdown()
+            thread.join()

@@ -11,7 +11,7 @@ import torch
 
 from gradstore.plan.resolve import make_adapter
 from gradstore.spec import RunSpec, read_spec
-from gradstore.stages.evaluate.embeddings import similarities
+from gradstore.stages.embeddings import similarities
 from gradstore.stages.featurize import featurize
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import examples_at

@@ -1,8 +1,9 @@
-"""evaluate lds with the shipped trainer: LDS of methods and groups against scipy, the choice by learn queries, refusals."""
+"""evaluate lds with the shipped trainer: LDS of methods and groups against scipy, ranking accuracy, the choice by learn queries, refusals."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -19,13 +20,15 @@ from gradstore.errors import ContractError, NotReadyError, SpecError
 from gradstore.numerics.metrics import subset_mask
 from gradstore.spec import RunSpec, read_spec
 from gradstore.stages.contribute import contribute
-from gradstore.stages.evaluate import evaluate_lds
+from gradstore.stages.evaluate import evaluate_lds, render_evaluation
 from gradstore.stages.featurize import featurize
 from gradstore.stages.kernel import build_kernel
 from gradstore.stages.learn import learn
 from gradstore.stages.plots import plots
 from gradstore.stages.progress import Progress
 from gradstore.stages.report import report
+from gradstore.stages.report.data import MeasuredTable
+from gradstore.stages.report.evaluations import measured_tables
 from gradstore.stages.score import score
 from gradstore.stages.status import render_status, status
 from gradstore.stages.train import train_model
@@ -94,6 +97,19 @@ def correlations(scores: np.ndarray, actual: np.ndarray) -> np.ndarray:
     return np.array([spearmanr(predicted[query], actual[:, query]).statistic for query in range(QUERIES)])
 
 
+def accuracies(scores: np.ndarray, actual: np.ndarray) -> list[float]:
+    """Of each query the share of two subsets that sums of scores order as the outputs do, none of which are equal."""
+    masks = np.stack([subset_mask(subset, TRAIN, share=0.5, seed=SEED) for subset in range(SUBSETS)])
+    found = []
+    for summed, outputs_of_query in zip(scores @ masks.T, actual.T, strict=True):
+        pairs = [(one, other) for one in range(SUBSETS) for other in range(one)]
+        alike = [
+            (summed[one] > summed[other]) == (outputs_of_query[one] > outputs_of_query[other]) for one, other in pairs
+        ]
+        found.append(float(np.mean(alike)))
+    return found
+
+
 def test_methods_and_groups_are_measured_and_what_is_chosen_is_chosen_by_other_queries(folder: Path) -> None:
     told = evaluate_lds(spec_of(folder), ENGINE, QUIET)
 
@@ -118,6 +134,16 @@ def test_methods_and_groups_are_measured_and_what_is_chosen_is_chosen_by_other_q
     measured = {(row["kernel"], row["method"]): row["measures"]["lds"] for row in told["methods"]}
     for key in [key for key in measured if key[0] is not None]:
         assert measured[key]["mean"] == pytest.approx(lds["eval", *key].mean())
+    accuracy = {(row["kernel"], row["method"]): row["measures"]["ranking_accuracy"] for row in told["methods"]}
+    wanted = {
+        key: np.mean(accuracies(c_of(store, key[0], "eval") @ of, outputs(store, "eval")))
+        for key, of in weights.items()
+    }
+    for key in [key for key in accuracy if key[0] is not None]:
+        assert accuracy[key]["mean"] == pytest.approx(wanted[key])
+        if key[1] != "unweighted":
+            difference = wanted[key] - wanted[key[0], "unweighted"]
+            assert accuracy[key]["difference"]["mean"] == pytest.approx(difference)
     for kernel in DAMPINGS:
         c = c_of(store, kernel, "eval")
         values = EvaluationArtifact.open(store.storage, f"lds.half.{SUBSETS}x2", f"{kernel}.groups").read()
@@ -139,6 +165,71 @@ def test_methods_and_groups_are_measured_and_what_is_chosen_is_chosen_by_other_q
         lds["eval", *keys[1]].mean() - lds["eval", *keys[0]].mean()
     )
     assert evaluate_lds(spec_of(folder), ENGINE, QUIET) == told
+
+
+def test_lds_comes_before_ranking_accuracy_in_what_is_told_and_shown(folder: Path) -> None:
+    told = evaluate_lds(spec_of(folder), ENGINE, QUIET)
+
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(render_evaluation(told))
+
+    assert {tuple(row["measures"]) for row in told["methods"]} == {("lds", "ranking_accuracy")}
+    assert all("difference" not in row["measures"]["ranking_accuracy"] for row in told["methods"] if not row["weights"])
+    shown = [line.split("│")[1:4] for line in console.export_text().splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line] for line in shown]
+    assert [row[0] for row in rows] == [name for name in ("lds", "ranking_accuracy") for _ in told["methods"]]
+    for name, method, value in rows:
+        (row,) = (row for row in told["methods"] if ".".join(filter(None, (row["kernel"], row["method"]))) == method)
+        mean, low, high = (row["measures"][name][key] for key in ("mean", "low", "high"))
+        assert value == f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def assert_reported_as_told(store: Path, told: dict[str, Any]) -> None:
+    """The report has the means, intervals and differences of LDS that the command told, of a kernel and the baselines."""
+    (table,) = lds_tables(store)
+    expected = {}
+    for row in told["methods"]:
+        if row["kernel"] in ("block_0p1", None):
+            lds = row["measures"]["lds"]
+            of_both = [of for of in (lds, lds.get("difference")) if of is not None]
+            values = [100 * of[key] for of in of_both for key in ("mean", "low", "high")]
+            expected[row["method"]] = pytest.approx(values)
+    assert {row.method: [row.mean, row.ci_low, row.ci_high, *(row.difference or ())] for row in table.rows} == expected
+    assert any(row.difference for row in table.rows)
+    assert "(intervals: of the queries and of the subsets)" in table.about
+
+
+def test_the_report_has_the_intervals_that_were_told_or_says_that_they_are_others(folder: Path, tmp_path: Path) -> None:
+    told = evaluate_lds(spec_of(folder), ENGINE, QUIET)
+    assert_reported_as_told(folder / "store", told)
+
+    (whole,) = lds_tables(folder / "store")
+    for change in (lose, swap):
+        copied = shutil.copytree(folder / "store", tmp_path / change.__name__)
+        change(copied / "retrained" / "half")
+        (other,) = lds_tables(copied)
+        assert "(intervals: of the queries alone" in other.about
+        assert [row.mean for row in other.rows] == pytest.approx([row.mean for row in whole.rows])
+        assert [row.ci_low for row in other.rows] != pytest.approx([row.ci_low for row in whole.rows])
+
+
+def lds_tables(store: Path) -> list[MeasuredTable]:
+    """What is reported of the LDS of a kernel."""
+    found = measured_tables(FeatureStore.open(str(store)), "block_0p1")
+    return [table for table in found if table.title == f"LDS (half.{SUBSETS}x2)"]
+
+
+def lose(retrained: Path) -> None:
+    """Remove what a model outputs."""
+    shutil.rmtree(retrained / "000003.1")
+
+
+def swap(retrained: Path) -> None:
+    """Have the models of two subsets change places."""
+    here, there, aside = (retrained / name for name in ("000000.0", "000001.0", "aside"))
+    here.rename(aside)
+    there.rename(here)
+    aside.rename(there)
 
 
 def test_status_tells_how_many_models_and_methods_are_done(folder: Path) -> None:
@@ -205,6 +296,7 @@ def test_runs_on_the_same_examples_share_retrained_models(folder: Path) -> None:
         if (row["kernel"], row["method"]) == ("block_0p1", "unweighted")
     )
     assert found == pytest.approx(correlations(scores, outputs(first, "eval")).mean())
+    assert_reported_as_told(folder / "projected", told)
 
 
 def test_models_of_other_examples_are_not_shared(folder: Path, tmp_path: Path) -> None:

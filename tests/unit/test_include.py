@@ -19,6 +19,7 @@ METHODS = {
     "d-trak": "full",
     "journey-trak": "full",
     "das": "full",
+    "representation": "identity",
 }
 BASE = """
 [run]
@@ -69,7 +70,8 @@ def test_methods_come_with_gradstore_and_resolve(tmp_path: Path, method: str, ke
     assert spec.kernel.kind == kernel
     resolve_kernel(spec)
     resolve_projection(spec)
-    assert (spec.model.adapter == "diffusion") == (method in ("d-trak", "journey-trak", "das"))
+    adapters = {**dict.fromkeys(("d-trak", "journey-trak", "das"), "diffusion"), "representation": "text_encoder"}
+    assert spec.model.adapter == adapters.get(method, "causal_lm")
 
 
 @pytest.mark.parametrize(

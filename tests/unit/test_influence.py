@@ -28,6 +28,7 @@ from gradstore.store.features.erasure import erase_rows
 from tests import oracle, stores
 from tests.contributing import give_weights, stored_c
 from tests.gradients import RandomStore, random_store
+from tests.oracle.pooling import attention_pooled
 from tests.runs import InThisProcess, gradstore
 
 ENGINE, QUIET = cast(Engine, InThisProcess()), Progress(quiet=True)
@@ -252,7 +253,7 @@ def test_labels_are_no_markup_and_kept_on_one_line() -> None:
     rows = [{"label": label, **row} for label in labels]
     shown = Console(width=120, file=StringIO())
 
-    made = {"queries": 1, "query": "[red]q", "self": False, "kernel": "block", "weights": None}
+    made = {"queries": 1, "query": "[red]q", "self": False, "kernel": "block", "weights": None, "pool": "sum"}
     shown.print(render_influence({"by": "label", **made, "rows": rows}))
 
     assert isinstance(shown.file, StringIO)
@@ -288,3 +289,65 @@ def test_the_commands_print_and_write(tmp_path: Path) -> None:
 def test_queries_are_read_in_whole_tiles() -> None:
     assert sizes.verified_queries((100, 224), 2048, 17) == 17
     assert sizes.verified_queries((5, 4), 8, 2) == 5
+
+
+def test_a_set_has_on_every_query_the_pool_of_its_rows(made: RandomStore, tmp_path: Path) -> None:
+    store = FeatureStore.open(made.url)
+    ids = store.open_set("train").read_column("example_id")
+    # A row that is not valid takes no part.
+    chosen = [0, 1, 4, INVALID[0]]
+    (tmp_path / "some.txt").write_text("".join(f"{ids[row]}\n" for row in chosen), encoding="utf-8")
+
+    told = influence(made.url, Asked(weights="given"), "label", pool="attention", examples=tmp_path / "some.txt")
+
+    scores = oracle.scores(stored_c(store, "eval"), np.array([*GIVEN.values()]))
+    pools = attention_pooled(scores, [[0, 1, 4]])[:, 0]
+    (row,) = told["rows"]
+    assert (row["examples"], row["rows"], told["queries"], told["pool"]) == ("some.txt", 3, 3, "attention")
+    assert row["sum"] == pytest.approx(pools.sum())
+    assert row["mean"] == pytest.approx(pools.mean())
+    assert row["positive"] == pytest.approx((pools > 0).mean())
+    (summed,) = influence(made.url, Asked(weights="given"), "label", examples=tmp_path / "some.txt")["rows"]
+    assert summed["sum"] == pytest.approx(scores[:, [0, 1, 4]].sum())
+
+
+def test_sets_are_labels_unless_a_file_names_one(made: RandomStore) -> None:
+    store = FeatureStore.open(made.url)
+    labels = store.open_set("train").read_column("label")
+
+    told = influence(made.url, Asked(), "label", pool="attention")
+
+    scores = oracle.scores(stored_c(store, "eval"), np.full(len(GIVEN), 1 / len(GIVEN)))
+    valid = [row for row in range(11) if row not in INVALID]
+    for row in told["rows"]:
+        rows = [place for place in valid if labels[place] == row["label"]]
+        assert row["rows"] == len(rows)
+        assert row["sum"] == pytest.approx(attention_pooled(scores, [rows]).sum())
+    assert told["rows"] == sorted(told["rows"], key=lambda row: -row["sum"])
+    console = Console(file=StringIO(), width=200)
+    console.print(render_influence(told))
+    assert "pooled by attention" in cast(StringIO, console.file).getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("\n", "holds no id"), ("nobody\n", r"1 of 1 ids are not in the train set, such as 'nobody'")],
+)
+def test_a_file_without_train_examples_is_refused(made: RandomStore, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "some.txt").write_text(text, encoding="utf-8")
+
+    with pytest.raises(SpecError, match=rf"--examples: .*some\.txt: {message}"):
+        influence(made.url, Asked(), "label", examples=tmp_path / "some.txt")
+
+
+def test_a_file_that_is_not_there_self_influence_by_attention_and_rows_without_features_are_refused(
+    made: RandomStore, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=r"--examples: .*none\.txt: not readable"):
+        influence(made.url, Asked(), "label", examples=tmp_path / "none.txt")
+    with pytest.raises(SpecError, match="--pool: found attention with --self"):
+        influence(made.url, Asked(on_itself=True), "label", pool="attention")
+    ids = FeatureStore.open(made.url).open_set("train").read_column("example_id")
+    (tmp_path / "invalid.txt").write_text(f"{ids[INVALID[0]]}\n", encoding="utf-8")
+    with pytest.raises(SpecError, match="none of the rows that are asked for has valid features"):
+        influence(made.url, Asked(), "label", pool="attention", examples=tmp_path / "invalid.txt")

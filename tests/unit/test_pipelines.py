@@ -32,6 +32,7 @@ def runs_of(path: Path) -> set[Path]:
     rows = [row for table in study["tables"] for row in table["rows"]]
     transfers = study.get("transfers", [])
     names = [row["run"] for row in (*rows, *transfers)] + [transfer["into"] for transfer in transfers]
+    names += [run for _, run in study.get("before", [])]
     return {path.with_name(name) for name in names}
 
 
@@ -73,7 +74,7 @@ def test_a_study_that_was_run_has_its_results_in_the_docs() -> None:
         assert json.loads(results.with_name("results.json").read_text(encoding="utf-8"))["runs"]
 
 
-@pytest.mark.parametrize("study", sorted({path.parent.name for path in PIPELINES.glob("*/values.parquet")}))
+@pytest.mark.parametrize("study", sorted({path.parent.name for path in PIPELINES.glob("*/outputs.parquet")}))
 def test_reported_lds_is_computed_again_from_ranks_and_what_retrained_models_output(study: str) -> None:
     folder = PIPELINES / study
     values = parquet.read_table(folder / "values.parquet").to_pandas()
@@ -87,10 +88,11 @@ def test_reported_lds_is_computed_again_from_ranks_and_what_retrained_models_out
         assert spec.evaluate.lds is not None
         url, keeper = spec.run.store, spec.evaluate.lds.store or spec.run.store
         of_store = values[values.store == Path(url).name]
-        kept = outputs[(outputs.store == Path(keeper).name) & (outputs.set == "eval")]
+        kept = outputs[(outputs.store == Path(keeper).name) & (outputs.set == "eval") & (outputs["name"] == "half")]
         actual = -kept.groupby(["subset", "query"]).output.mean().unstack()
         for row in told["methods"]:
-            name = f"lds.half.{told['subsets']}x{told['seeds']}/{row['kernel'] or 'baseline'}.{row['method']}"
+            pool = "" if spec.evaluate.lds.pool == "sum" else f".{spec.evaluate.lds.pool}"
+            name = f"lds.half.{told['subsets']}x{told['seeds']}{pool}/{row['kernel'] or 'baseline'}.{row['method']}"
             found = of_store[(of_store.evaluation == name) & of_store.group.isna()]
             ranks = np.array(found.ranks.tolist()) - (told["subsets"] + 1) / 2
             of_queries = rankdata(actual[found.row].to_numpy().T, axis=1) - (told["subsets"] + 1) / 2

@@ -103,7 +103,7 @@ def test_no_examples_and_losses_that_are_no_numbers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("adam", {}, r"training\.trainer: found 'adam'; accepted: scratch, or a function of yours"),
+        ("adam", {}, r"training\.trainer: found 'adam'; accepted: scratch, fine_tune, airrep of"),
         ("scratch", {"steps": 3}, r"training\.options\.steps: unknown key; accepted for scratch: epochs, batch"),
         ("scratch", {"epochs": "3"}, r"training\.options\.epochs: found '3'; accepted"),
         ("scratch", {"schedule": "step"}, r"training\.options\.schedule: found 'step'; accepted: 'constant'"),

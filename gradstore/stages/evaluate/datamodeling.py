@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +14,20 @@ from gradstore.errors import DataError, SpecError
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.evaluate.methods import Compared, candidates, contenders, described
-from gradstore.stages.evaluate.retraining import KEY, Retrained, retrain, section_of
 from gradstore.stages.evaluate.told import told_comparison
 from gradstore.stages.progress import Progress
+from gradstore.stages.retraining import KEY, Retrained, lds_outputs, section_of
 from gradstore.stages.score.sources import Method
 from gradstore.stages.weights import UNWEIGHTED
 from gradstore.store.artifacts import EvaluationArtifact
 from gradstore.store.features import FeatureStore
 
+if TYPE_CHECKING:
+    from gradstore.numerics.metrics import SubsetSums
+    from gradstore.numerics.representation import AttentionPools
+
 MEASURE: Final = "lds"
+_ACCURACY: Final = "ranking_accuracy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,6 +49,8 @@ class _Judge:
         """Folder of what is measured."""
         section = section_of(self.spec)
         told = f"{MEASURE}.{section.name}.{section.subsets}x{section.seeds}"
+        if section.pool != "sum":
+            told += f".{section.pool}"
         return told if self.set_name == "eval" else f"{told}.{self.set_name}"
 
     @classmethod
@@ -92,7 +99,7 @@ def evaluate_lds(spec: RunSpec, engine: Engine, progress: Progress) -> dict[str,
     # Before hours of training.
     found = [*contenders(spec, store, engine, progress)]
     offered = [] if section.choose is None else [*candidates(spec, store, engine, progress, section.choose)]
-    retrained = retrain(spec, engine, progress)
+    retrained = lds_outputs(spec, engine, progress)
     judge = _Judge.of(spec, store, retrained, "eval")
     choice = None if section.choose is None else _choose(offered, spec, store, retrained)
     if choice is not None:
@@ -180,10 +187,9 @@ def _joined(found: Compared, choice: _Choice) -> Compared:
 
 def _predicted(found: Compared, judge: _Judge) -> tuple[dict[Method, np.ndarray], list[dict[str, Any]]]:
     """What the scores of each method predict of the queries, [Q, S], and the LDS of every group; measured where it is not there."""
-    from gradstore.numerics.metrics import SubsetSums
-
     section, storage = section_of(found.spec), found.store.storage
-    evaluated = section.model_dump(exclude={"groups", "choose", "store"})
+    # That scores are summed was not said when nothing else could be.
+    evaluated = section.model_dump(exclude={"groups", "choose", "store", *(["pool"] if section.pool == "sum" else [])})
     artifacts = {
         method: EvaluationArtifact.create(
             storage,
@@ -199,9 +205,9 @@ def _predicted(found: Compared, judge: _Judge) -> tuple[dict[Method, np.ndarray]
     if missing or of_groups:
         masks_SN, rows = judge.retrained.masks, found.store.open_set(judge.set_name).info.rows
         groups = [array.name for array in found.store.open_set("train").info.arrays]
-        sums = {method: SubsetSums(masks_SN, rows) for method in missing}
+        sums = {method: _pools(section.pool, method, masks_SN, rows) for method in missing}
         # Every group of a query is like a query of its own.
-        group_sums = SubsetSums(masks_SN, rows * len(groups)) if of_groups else None
+        group_sums = _pools(section.pool, found.methods[0], masks_SN, rows * len(groups)) if of_groups else None
         # Parts come with the scores of a kernel.
         scanned = [*missing, *([found.methods[0]] if of_groups and found.methods[0] not in missing else [])]
         for piece in found.scan(scanned, MEASURE):
@@ -224,6 +230,14 @@ def _predicted(found: Compared, judge: _Judge) -> tuple[dict[Method, np.ndarray]
             by_group.write(table, facts={"queries": len(judge.queries)})
     predicted = {method: _read(artifact.read()) for method, artifact in artifacts.items()}
     return predicted, [] if by_group is None else _groups_told(found, by_group.read(), judge)
+
+
+def _pools(pool: str, method: Method, masks_SN: np.ndarray, queries: int) -> SubsetSums | AttentionPools:
+    """What adds up the scores of every subset as they stream by."""
+    from gradstore.numerics.metrics import SubsetSums
+    from gradstore.numerics.representation import AttentionPools
+
+    return AttentionPools(masks_SN, queries) if pool == "attention" and method.kernel else SubsetSums(masks_SN, queries)
 
 
 def _of_groups(found: Compared, judge: _Judge, evaluated: Mapping[str, Any]) -> EvaluationArtifact:
@@ -266,14 +280,21 @@ def _groups_told(found: Compared, table: pa.Table, judge: _Judge) -> list[dict[s
 
 
 def _compared(predicted: Mapping[Method, np.ndarray], actual_SQ: np.ndarray, *, seed: int) -> list[dict[str, Any]]:
-    from gradstore.numerics.metrics import compare_datamodeling
+    """LDS, and the ranking accuracy of the same subsets; differences of weights are to no weights."""
+    from gradstore.numerics.metrics import compare_datamodeling, compare_ranking
 
     named = {method.artifact: of_method for method, of_method in predicted.items()}
     (without,) = (method.artifact for method in predicted if method.name == UNWEIGHTED)
-    compared = compare_datamodeling(named, actual_SQ, against=without, seed=seed)
+    compared = {
+        MEASURE: compare_datamodeling(named, actual_SQ, against=without, seed=seed),
+        _ACCURACY: compare_ranking(named, actual_SQ, against=without, seed=seed),
+    }
     told = []
     for method in predicted:
-        comparison = compared[method.artifact]
-        shown = comparison if method.weights is not None else comparison._replace(difference=None)
-        told.append({**described(method), "queries": actual_SQ.shape[1], "measures": {MEASURE: told_comparison(shown)}})
+        measures = {}
+        for measure, of_methods in compared.items():
+            comparison = of_methods[method.artifact]
+            shown = comparison if method.weights is not None else comparison._replace(difference=None)
+            measures[measure] = told_comparison(shown)
+        told.append({**described(method), "queries": actual_SQ.shape[1], "measures": measures})
     return told

@@ -13,10 +13,17 @@ from gradstore.cluster import Engine
 from gradstore.numerics.generator import derive_key, stretches
 from gradstore.numerics.scores import Ranked
 from gradstore.spec import RunSpec
+from gradstore.stages.embeddings import embedding_settings, has_embeddings, similarities
 from gradstore.stages.evaluate.cosine import COSINE, cosine_source, has_cosine
-from gradstore.stages.evaluate.embeddings import embedding_settings, has_embeddings, similarities
 from gradstore.stages.progress import Progress
-from gradstore.stages.score.baselines import bm25_scores, rank_by_baselines, texts_of
+from gradstore.stages.score.baselines import (
+    TFIDF,
+    bm25_scores,
+    rank_by_baselines,
+    require_tfidf,
+    texts_of,
+    tfidf_scores,
+)
 from gradstore.stages.score.sources import (
     BM25,
     RANDOM,
@@ -71,7 +78,7 @@ class Compared:
     def scan(self, methods: Sequence[Method], stage: str) -> Iterator[Scored]:
         """Yield pieces of the scores by some of the methods, not all in every piece: every valid row of every query once for each."""
         of_kernel = [method for method in methods if method.kernel is not None]
-        beside = [method for method in methods if method in (BM25, RANDOM, EMBEDDING)]
+        beside = [method for method in methods if method in (BM25, TFIDF, RANDOM, EMBEDDING)]
         if of_kernel or beside:
             # Where baselines alone are asked for, some kernel gives the pieces.
             for piece in self.source.scan(of_kernel or [self.methods[0]], self.progress, stage):
@@ -93,11 +100,9 @@ class Compared:
             with cosine_source(self.spec, self.progress) as source:
                 found[COSINE] = source.rank(keep, self.progress)
         if EMBEDDING in methods:
-            similar_QN = self._similarities[:, rows_N]
-            places = np.argsort(-similar_QN, axis=1, kind="stable")[:, :keep]
-            scores = np.take_along_axis(similar_QN, places, 1).astype(np.float64)
-            parts = np.empty((*places.shape, 0), np.float32)
-            found[EMBEDDING] = Ranks(proponents=Ranked(rows=rows_N[places], scores=scores, parts=parts))
+            found[EMBEDDING] = _ranks(self._similarities[:, rows_N], rows_N, keep)
+        if TFIDF in methods:
+            found[TFIDF] = _ranks(self._by_tfidf, rows_N, keep)
         return found
 
     def _beside(self, method: Method, queries: range, rows: np.ndarray) -> np.ndarray:
@@ -108,14 +113,23 @@ class Compared:
         if method == EMBEDDING:
             return self._similarities[some, rows].astype(np.float64)
         places = np.searchsorted(self.source.valid_rows(), rows)
-        return np.asarray(self._by_words[some, places].astype(np.float64))
+        by_words = self._by_tfidf if method == TFIDF else self._by_bm25
+        return np.asarray(by_words[some, places].astype(np.float64))
 
     @cached_property
-    def _by_words(self) -> np.ndarray:
+    def _by_bm25(self) -> np.ndarray:
         """BM25 scores [Q, n] of the valid rows."""
-        train, queries = self.store.open_set("train"), self.store.open_set("eval")
-        texts = texts_of(train)
-        return bm25_scores(texts_of(queries), [texts[row] for row in self.source.valid_rows()])
+        return bm25_scores(*self._texts())
+
+    @cached_property
+    def _by_tfidf(self) -> np.ndarray:
+        """Cosines of TF-IDF [Q, n] of the valid rows."""
+        return tfidf_scores(*self._texts())
+
+    def _texts(self) -> tuple[list[str], list[str]]:
+        """Texts of the queries, and of the valid rows."""
+        texts = texts_of(self.store.open_set("train"))
+        return texts_of(self.store.open_set("eval")), [texts[row] for row in self.source.valid_rows()]
 
     @cached_property
     def _similarities(self) -> np.ndarray:
@@ -130,11 +144,20 @@ class Compared:
         return np.asarray(drawn[rows - first * _WORDS] / 2.0**64)
 
 
+def _ranks(scores_QN: np.ndarray, rows_N: np.ndarray, keep: int) -> Ranks:
+    """The best of some rows for every query; of equal ones the first."""
+    places = np.argsort(-scores_QN, axis=1, kind="stable")[:, :keep]
+    scores = np.take_along_axis(scores_QN, places, 1).astype(np.float64)
+    return Ranks(proponents=Ranked(rows=rows_N[places], scores=scores, parts=np.empty((*places.shape, 0), np.float32)))
+
+
 def contenders(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progress) -> Iterator[Compared]:
     """Yield the methods of every kernel of a run, of the eval queries; the baselines belong to the first.
 
     Raises
     ------
+    SpecError
+        If a baseline that is named needs what is not installed.
     NotReadyError
         If contributions or weights are missing.
     """
@@ -147,9 +170,12 @@ def contenders(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Pro
 
 def _baselines(spec: RunSpec, store: FeatureStore) -> tuple[Method, ...]:
     """Those baselines that the run asks for and its examples have: images have no words, and not every model embeds."""
-    output = store.contract["model"].get("output")
+    if TFIDF.name in spec.evaluate.baselines:
+        require_tfidf()
+    output, has_texts = store.contract["model"].get("output"), any(texts_of(store.open_set("eval")))
     there_is = {
-        BM25: any(texts_of(store.open_set("eval"))),
+        BM25: has_texts,
+        TFIDF: has_texts,
         EMBEDDING: has_embeddings(spec),
         COSINE: has_cosine(spec, output),
         RANDOM: True,

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from gradstore.adapters.encoder import OUTPUT as REPRESENTATION
 from gradstore.adapters.images.splits import CLASS, TRUE_CLASS
 from gradstore.cluster import Engine
 from gradstore.errors import DataError, SpecError
@@ -70,6 +71,10 @@ def evaluate_mislabel(spec: RunSpec, engine: Engine, progress: Progress) -> dict
     store = FeatureStore.open(spec.run.store)
     if store.contract["model"].get("output") == DAS:
         raise SpecError(f"{KEY}: the store's output function is {DAS}, by which no example has an influence on itself.")
+    if store.contract["model"].get("output") == REPRESENTATION:
+        raise SpecError(
+            f"{KEY}: the store holds representations, whose products with themselves are lengths and tell of no label."
+        )
     if spec.contribute.normalize != "none":
         raise SpecError(
             f'{KEY}: found contribute.normalize = "{spec.contribute.normalize}", by which every example is as much its own; set it to '

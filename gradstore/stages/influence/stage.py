@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,38 +13,101 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from gradstore.errors import SpecError
+from gradstore.stages.influence.pools import pooled
 from gradstore.stages.influence.totals import Asked, Influence, find_influence
 from gradstore.stages.output import replacing, require_place
 from gradstore.store.features import FeatureStore
 
 Totals = Literal["label", "source"]
+Pool = Literal["sum", "attention"]
 
 _PERCENT: Final = 100
 
 
-def influence(store_url: str, asked: Asked, by: Totals) -> dict[str, Any]:
-    """Plain values: of every label or source of the train set how many valid rows it has, and their influence.
+def influence(
+    store_url: str, asked: Asked, by: Totals, *, pool: Pool = "sum", examples: Path | None = None
+) -> dict[str, Any]:
+    r"""Plain values: of every label or source of the train set how many valid rows it has, and their influence.
 
-    ``sum`` is that of their influence (`find_influence`), ``mean`` what one of them has, ``positive`` the share of rows above
-    0; largest sums first. Labels of rows without one are None.
+    Of sums ``sum`` is that of their influence (`find_influence`), ``mean`` what one of them has, ``positive`` the share of rows
+    above 0. By attention a set S of rows has on a query
+
+    .. math:: f(q, S) = \sum_{n \in S} \alpha_n S[q, n], \qquad \alpha = \operatorname{softmax}_{n \in S} |S[q, n]|
+
+    (arXiv 2505.18513), of which ``sum`` is that over the queries, ``mean`` what one query has, and ``positive`` the share of
+    queries above 0. Largest sums first. Labels of rows without one are None.
+
+    Parameters
+    ----------
+    store_url, asked
+        The store, and which influence: see `find_influence`.
+    by
+        Whose rows are put together.
+    pool
+        How.
+    examples
+        A file of ids, one a line: they are the one set that is asked for, in the place of labels and sources.
+
+    Raises
+    ------
+    SpecError
+        If the file holds no id, or one that is not in the train set; or self-influence is asked for by attention.
     """
-    found = find_influence(store_url, asked)
-    values = found.store.open_set("train").read_column(by)
-    places: dict[str | None, list[int]] = {}
-    for place, row in enumerate(found.rows.tolist()):
-        places.setdefault(values[row], []).append(place)
-    rows: list[dict[str, Any]] = [
-        {
-            by: value,
+    if pool == "attention" and asked.on_itself:
+        raise SpecError("--pool: found attention with --self, which has one number for each example. Leave out one.")
+    store = FeatureStore.open(store_url)
+    by_name: str = by if examples is None else "examples"
+    # Before C is read.
+    named: dict[str | None, list[int]] = (
+        _named(store, by) if examples is None else {examples.name: _rows_of_ids(store, examples)}
+    )
+    if pool == "attention":
+        found, rows = pooled(store, asked, named)
+    else:
+        found = find_influence(store_url, asked)
+        rows = _summed(found, named)
+    told = [{by_name: name, **of} for name, of in rows.items()]
+    told.sort(key=lambda row: -row["sum"])
+    return {**_made(found), "by": by_name, "pool": pool, "rows": told}
+
+
+def _named(store: FeatureStore, by: Totals) -> dict[str | None, list[int]]:
+    """Train rows by their label or source."""
+    rows: dict[str | None, list[int]] = {}
+    for row, value in enumerate(store.open_set("train").read_column(by)):
+        rows.setdefault(value, []).append(row)
+    return rows
+
+
+def _rows_of_ids(store: FeatureStore, file: Path) -> list[int]:
+    """Train rows of the ids in a file."""
+    try:
+        ids = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--examples: {file}: not readable as text: {error}.") from error
+    if not ids:
+        raise SpecError(f"--examples: {file}: holds no id. Write the ids of train examples into it, one a line.")
+    known = {example: row for row, example in enumerate(store.open_set("train").read_column("example_id"))}
+    if unknown := [example for example in ids if example not in known]:
+        raise SpecError(
+            f"--examples: {file}: {len(unknown):,} of {len(ids):,} ids are not in the train set, such as {unknown[0]!r}."
+        )
+    return sorted({known[example] for example in ids})
+
+
+def _summed(found: Influence, named: Mapping[str | None, Sequence[int]]) -> dict[str | None, dict[str, Any]]:
+    places = {row: place for place, row in enumerate(found.rows.tolist())}
+    of_sets = {name: [places[row] for row in rows if row in places] for name, rows in named.items()}
+    return {
+        name: {
             "rows": len(of),
             "sum": math.fsum(found.totals[of]),
             "mean": float(found.totals[of].mean()),
             "positive": float((found.totals[of] > 0).mean()),
         }
-        for value, of in places.items()
-    ]
-    rows.sort(key=lambda row: -row["sum"])
-    return {**_made(found), "by": by, "rows": rows}
+        for name, of in of_sets.items()
+        if of
+    }
 
 
 def select(

@@ -26,9 +26,17 @@ def render_influence(found: Mapping[str, Any]) -> Table:
         of = "self-influence"
     elif found["query"] is not None:
         of = f"influence on {one_line(found['query'], _LABEL_LENGTH)}"
+    if found["pool"] == "attention":
+        of += ", pooled by attention"
     title = f"{of}: {found['kernel']}, {found['weights'] or UNWEIGHTED}"
     table = Table(found["by"], title=Text(title), title_justify="left")
-    for column in ("rows", "sum", "mean", "above 0"):
+    of_queries = found["pool"] == "attention"
+    for column in (
+        "rows",
+        "sum",
+        "mean of a query" if of_queries else "mean",
+        "queries above 0" if of_queries else "above 0",
+    ):
         table.add_column(column, justify="right")
     for row in found["rows"]:
         name = "(none)" if row[found["by"]] is None else one_line(row[found["by"]], _LABEL_LENGTH)

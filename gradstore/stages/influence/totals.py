@@ -97,11 +97,18 @@ def find_influence(store_url: str, asked: Asked) -> Influence:
     return _on_itself(store, asked) if asked.on_itself else _on_queries(store, asked)
 
 
-def _on_queries(store: FeatureStore, asked: Asked) -> Influence:
+def scores_on_queries(
+    store: FeatureStore, asked: Asked
+) -> tuple[str, np.ndarray, np.ndarray, Iterator[tuple[int, np.ndarray, np.ndarray]]]:
+    """Name of the kernel; which eval queries count, bool [Q]; valid rows; and (first query, rows [n], scores [q, n])."""
     kernel = _chosen(store, asked)
-    valid_Q = _counted(store, asked.query)
-    total_N = np.zeros(store.open_set("train").info.rows)
     rows_N, scores = _open(store, kernel, asked.weights)
+    return kernel, _counted(store, asked.query), rows_N, scores
+
+
+def _on_queries(store: FeatureStore, asked: Asked) -> Influence:
+    kernel, valid_Q, rows_N, scores = scores_on_queries(store, asked)
+    total_N = np.zeros(store.open_set("train").info.rows)
     for first, place_N, s_QN in scores:
         total_N[place_N] += s_QN[valid_Q[first : first + len(s_QN)]].sum(0)
     queries = int(valid_Q.sum())

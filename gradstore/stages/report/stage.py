@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gradstore.adapters.encoder import OUTPUT as REPRESENTATION
 from gradstore.errors import NotReadyError, SpecError
 from gradstore.plan.sizes import gigabytes
 from gradstore.stages.output import replacing
@@ -34,6 +35,10 @@ from gradstore.store.features import FeatureStore
 MAX_QUERIES = 100
 SIGN_NOTE = (
     "Positive scores are proponents: training on them would lower the query's loss, by the model's own gradients."
+)
+REPRESENTATION_NOTE = (
+    "Scores are products of what an encoder makes of texts: similarity, or what it has learned of how training on one text helps "
+    "another. No gradient of the attributed model is in them."
 )
 PRECISION_NOTE = (
     "Label precision says whether proponents share the query's topic. Topic is not causal effect, and text search alone "
@@ -151,11 +156,13 @@ def summarize(store: FeatureStore, found: Mapping[str, Any], rankings: Sequence[
     ]
     tail_patch = [_tail_patch(row) for row in rows if row["tail_patch"] is not None]
     summaries = [ScoresArtifact.open(store.storage, row["name"]).read_summary() for row in rankings]
+    represented = store.contract["model"]["output"] == REPRESENTATION
+    notes = [REPRESENTATION_NOTE if represented else SIGN_NOTE]
     return Summary(
         precision=precision,
         tail_patch=tail_patch,
         comparisons=compare(summaries, seed=store.run["run"]["seed"]),
-        notes=[SIGN_NOTE, *([PRECISION_NOTE] if precision else []), *([TAIL_PATCH_NOTE] if tail_patch else [])],
+        notes=[*notes, *([PRECISION_NOTE] if precision else []), *([TAIL_PATCH_NOTE] if tail_patch else [])],
     )
 
 
@@ -223,7 +230,7 @@ def _facts(
         ),
         *(
             [("sequence", f"up to {run['data']['train']['length']:,} tokens")]
-            if contract["model"]["adapter"] == "causal_lm"
+            if contract["model"]["adapter"] in ("causal_lm", "text_encoder")
             else []
         ),
         ("groups", f"{train['groups']:,} groups, {train['features']:,} features an example"),

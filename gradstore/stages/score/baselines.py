@@ -1,16 +1,20 @@
-"""What the scores are compared with: BM25 over the texts, and chance."""
+"""What the scores are compared with: BM25 and TF-IDF over the texts, and chance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from gradstore.errors import SpecError
 from gradstore.numerics.scores import Ranked
 from gradstore.stages.score.sources import BM25, RANDOM, Method, Ranks
 from gradstore.store.features import FeatureSet, FeatureStore
+
+TFIDF: Final = Method(name="tfidf")
+"""Only where evaluate.baselines names it."""
 
 
 def texts_of(feature_set: FeatureSet) -> list[str]:
@@ -90,6 +94,52 @@ def _words(texts: Sequence[str], *, ids: bool = True) -> Any:
     import bm25s
 
     return bm25s.tokenize(list(texts), stopwords="en", return_ids=ids, show_progress=False)
+
+
+def tfidf_scores(queries: Sequence[str], documents: Sequence[str]) -> Float[np.ndarray, "Q N"]:
+    r"""Cosines of the TF-IDF vectors of all documents and every query, as scikit-learn makes them; 0 of a text without words.
+
+    .. math:: x_t(d) = n_t(d) \left(\ln \frac{1 + N}{1 + N_t} + 1\right)
+
+    for n_t(d) times that d has the word t, which N_t of the N documents have. Words are in lower case, of at least two letters or
+    digits, and none of the English stop words; those that no document has do not count.
+
+    Raises
+    ------
+    SpecError
+        If scikit-learn is not installed.
+    """
+    scores_QN = np.zeros((len(queries), len(documents)), np.float32)
+    vectorizer = _vectorizer()
+    words_of = vectorizer.build_analyzer()
+    if any(words_of(text) for text in documents):
+        by_word = vectorizer.fit_transform(documents).T.tocsr()
+        vectors = vectorizer.transform(queries)
+        # A query at a time, as scores that are not zero take more as a sparse matrix than as a dense one.
+        for query in range(len(queries)):
+            scores_QN[query] = (vectors[query : query + 1] @ by_word).toarray()[0]
+    return scores_QN
+
+
+def require_tfidf() -> None:
+    """Refuse TF-IDF where it cannot be made.
+
+    Raises
+    ------
+    SpecError
+        If scikit-learn is not installed.
+    """
+    _vectorizer()
+
+
+def _vectorizer() -> Any:
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            "evaluate.baselines: found \"tfidf\", and scikit-learn is not installed here: pip install 'gradstore[baselines]'."
+        ) from error
+    return TfidfVectorizer(stop_words="english")
 
 
 def random_rows(*, num_queries: int, num_rows: int, k: int, seed: int) -> Int[np.ndarray, "Q K"]:

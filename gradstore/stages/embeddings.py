@@ -37,8 +37,10 @@ def embedding_settings(spec: RunSpec, store: FeatureStore) -> dict[str, Any]:
     return {"model": dict(store.contract["members"][[*spec.model.etas][-1]])}
 
 
-def similarities(spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progress) -> np.ndarray:
-    """Cosine similarity [Q, rows] of the embeddings of every eval query and train row; NaN where there is no example.
+def similarities(
+    spec: RunSpec, store: FeatureStore, engine: Engine, progress: Progress, *, of: str = "eval"
+) -> np.ndarray:
+    """Cosine similarity [Q, rows] of the embeddings of every query of a set and train row; NaN where there is no example.
 
     Those that the store does not have are computed and kept.
 
@@ -47,7 +49,7 @@ def similarities(spec: RunSpec, store: FeatureStore, engine: Engine, progress: P
     DataError
         If an embedding is not finite.
     """
-    train, queries = (_unit_rows(spec, store, name, engine, progress) for name in ("train", "eval"))
+    train, queries = (_unit_rows(spec, store, name, engine, progress) for name in ("train", of))
     return np.asarray(queries @ train.T)
 
 
