@@ -34,6 +34,7 @@ from gradstore.stages.train import train_model
 from gradstore.store.artifacts import ContributionArtifact, RetrainedArtifact
 from gradstore.store.features import FeatureStore
 from tests.encoders import make_tiny_encoder
+from tests.models import make_tiny_model
 from tests.oracle.pooling import attention_pooled
 from tests.runs import InThisProcess, make_run
 
@@ -167,6 +168,21 @@ def test_more_subsets_leave_those_that_are_there_and_a_stopped_signal_goes_on(co
 def test_a_signal_of_other_settings_is_refused(folder: Path) -> None:
     with pytest.raises(ContractError, match="examples: store has 6, the run asks for 5"):
         make_signal(attributed(folder, examples=5), ENGINE, QUIET)
+
+
+def test_models_that_begin_elsewhere_are_other_models_and_a_base_that_was_moved_is_the_same(
+    copied: Path, tmp_path: Path
+) -> None:
+    spec = attributed(copied)
+
+    def begins(base: Path) -> RunSpec:
+        return spec.model_copy(update={"training": spec.training.model_copy(update={"base": str(base)})})
+
+    engine: Any = Counts()
+    make_signal(begins(shutil.copytree(copied / "model", tmp_path / "moved")), engine, QUIET)
+    assert engine.ran == []
+    with pytest.raises(ContractError, match="start: store has"):
+        make_signal(begins(make_tiny_model(tmp_path / "other", "llama", seed=1)), ENGINE, QUIET)
 
 
 @pytest.mark.parametrize(

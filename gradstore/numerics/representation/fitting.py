@@ -45,9 +45,9 @@ class FittingSettings:
     patience: int = 10
     queries: int = 16
     subsets: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     weight_decay: float = 0.1
-    sharpness: float = 10.0
+    sharpness: float = 5.0
     held_out: float = 0.2
 
     def __post_init__(self) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
 
+from gradstore.adapters.locations import resolve_location
 from gradstore.adapters.training import FINE_TUNE, outputs_of, resolve_trainer, trainer_settings
 from gradstore.cluster import Engine, Task
 from gradstore.errors import DataError, SupersededError
 from gradstore.plan.resolve import make_adapter, resolve_device
-from gradstore.spec import RunSpec
+from gradstore.spec import RunSpec, content_hash
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
@@ -188,12 +191,29 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], model: Asked) -> Non
 
 
 def common_settings(spec: RunSpec, asked: str) -> dict[str, Any]:
-    """What all models of a name have in common: their trainer, the seed of all draws, and what they are asked."""
+    """What all models of a name have in common: their trainer, where that begins, the seed of all draws, and what they are asked."""
+    begins = {"start": _hash_of_base(str(spec.training.base))} if spec.training.trainer == FINE_TUNE else {}
     return {
         **trainer_settings(spec.training.trainer, spec.training.options),
+        **begins,
         "run_seed": spec.run.seed,
         "output": asked,
     }
+
+
+def _hash_of_base(base: str) -> str:
+    """Hash of the files of a model that training begins with, or of a hub id: a folder may be elsewhere on another machine."""
+    place = Path(resolve_location(base, "training.base"))
+    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else []
+    if not files:
+        return content_hash(base)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(
+                f"{file.relative_to(place)}|{hashlib.file_digest(opened, hashlib.blake2b).hexdigest()}|".encode()
+            )
+    return digest.hexdigest()
 
 
 def output_of(spec: RunSpec, store: FeatureStore) -> str:

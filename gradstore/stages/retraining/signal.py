@@ -16,7 +16,7 @@ from gradstore.numerics.generator import derive_key, permutation, words
 from gradstore.plan.resolve import make_adapter
 from gradstore.spec import RunSpec
 from gradstore.stages.contributions import valid_rows_of
-from gradstore.stages.embeddings import embedding_settings, has_embeddings, similarities
+from gradstore.stages.embeddings import has_embeddings, similarities
 from gradstore.stages.progress import Progress
 from gradstore.stages.retraining.models import SETS, Asked, Chosen, averaged, common_settings, output_of, train_missing
 from gradstore.store.artifacts import RetrainedArtifact, list_artifacts
@@ -68,7 +68,6 @@ def make_signal(spec: RunSpec, engine: Engine, progress: Progress) -> dict[str, 
     settings = {
         **{key: getattr(section, key) for key in ("examples", "local")},
         "neighbours": _neighbours(spec) if section.local else None,
-        **({"similar_by": embedding_settings(spec, store)} if section.local else {}),
         **common_settings(spec, output_of(spec, store)),
         **{name: store.describe(name) for name in SETS},
     }
