@@ -199,6 +199,10 @@ def rows_of(row: Told, told: Told, of: str | None) -> Iterator[str]:
     chosen = told.get("chosen")
     if chosen is not None and "weights" not in row:
         without, weighted = chosen["methods"]
+        if of is not None:
+            # What was chosen is told by LDS alone.
+            measures = {(method["kernel"], method["method"]): method["measures"][of] for method in told["methods"]}
+            without, weighted = (measures[method["kernel"], method["method"]] for method in chosen["methods"])
         yield line(row["label"], without, weighted, weighted["difference"], factor_of(told))
         return
     for kernel in dict.fromkeys(method["kernel"] for method in told["methods"] if method["kernel"]):
