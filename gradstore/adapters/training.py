@@ -77,7 +77,8 @@ def resolve_trainer(name: str, options: Mapping[str, Any]) -> Trainer:
     """Return a trainer by its name, ``scratch``, ``fine_tune`` or ``module:function``, as [training] names it.
 
     ``scratch`` trains from random parameters, and ``fine_tune`` from those that the adapter loads, by the settings of
-    `gradstore.numerics.training.TrainingSettings`. A function is called with the adapter, the examples, ``seed``, ``device`` and the options by name, and returns the model.
+    `gradstore.numerics.training.TrainingSettings`. A function is called with the adapter, the examples, ``seed``, ``device`` and
+    the options by name, and returns the model.
 
     Raises
     ------
@@ -91,7 +92,8 @@ def resolve_trainer(name: str, options: Mapping[str, Any]) -> Trainer:
         return _Shipped(name, settings)
     if not is_function(name):
         raise SpecError(
-            f"{_KEY}.trainer: found {name!r}; accepted: {', '.join(_SHIPPED)}, {AIRREP} of `gradstore train` with a text_encoder, or a function of yours, package.module:function."
+            f"{_KEY}.trainer: found {name!r}; accepted: {', '.join(_SHIPPED)}, {AIRREP} of `gradstore train` with a text_encoder, or "
+            "a function of yours, package.module:function."
         )
     return _Own(name, find_function(name, f"{_KEY}.trainer"), dict(options))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstore.cli.application import Json, Quiet, Run, Store, app, draw
-from gradstore.cli.runs import Scheduler, run_stages
+from gradstore.cli.runs import Scheduler, run_told
 
 if TYPE_CHECKING:
     from gradstore.cluster import Engine
@@ -89,15 +89,7 @@ def _evaluate(
     """Measure on the workers of a run, and tell it."""
     from gradstore.spec import read_spec
 
-    found: list[dict[str, Any]] = []
-    run_stages(
-        context,
-        read_spec(run),
-        scheduler,
-        quiet,
-        lambda spec, engine, progress: found.append(measure(spec, engine, progress)),
-    )
-    _tell(found[0], as_json=as_json)
+    _tell(run_told(context, read_spec(run), scheduler, quiet, measure), as_json=as_json)
 
 
 def _tell(found: Mapping[str, Any], *, as_json: bool) -> None:

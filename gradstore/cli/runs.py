@@ -139,18 +139,10 @@ def signal(
     from gradstore.spec import read_spec
     from gradstore.stages.retraining import make_signal
 
-    found: list[dict[str, Any]] = []
-    run_stages(
-        context,
-        read_spec(run),
-        scheduler,
-        quiet,
-        lambda spec, engine, progress: found.append(make_signal(spec, engine, progress)),
-    )
+    told = run_told(context, read_spec(run), scheduler, quiet, make_signal)
     if as_json:
-        typer.echo(json.dumps(found[0]))
+        typer.echo(json.dumps(told))
         return
-    told = found[0]
     typer.echo(
         f"{told['store']}/retrained/{told['signal']}: models of {told['subsets']:,} subsets of {told['examples']:,} examples, with what "
         f"they output for {told['queries']:,} learn queries"
@@ -241,6 +233,21 @@ def _run_stages(context: typer.Context, path: Path, scheduler: str | None, quiet
     from gradstore.spec import read_spec
 
     return run_stages(context, read_spec(path), scheduler, quiet, *stages)
+
+
+def run_told(
+    context: typer.Context,
+    spec: RunSpec,
+    scheduler: str | None,
+    quiet: bool,
+    stage: Callable[[RunSpec, Engine, Progress], dict[str, Any]],
+) -> dict[str, Any]:
+    """Run one stage as `run_stages` does, and return what it tells."""
+    found: list[dict[str, Any]] = []
+    run_stages(
+        context, spec, scheduler, quiet, lambda spec, engine, progress: found.append(stage(spec, engine, progress))
+    )
+    return found[0]
 
 
 def run_stages(context: typer.Context, spec: RunSpec, scheduler: str | None, quiet: bool, *stages: Stage) -> RunSpec:

@@ -24,6 +24,7 @@ from gradstore.stages.retraining import Signal, read_signal
 from gradstore.stages.trained import kept, place_of, write_model
 from gradstore.store.codecs import plain
 from gradstore.store.contract import require_equal
+from gradstore.store.examples import data_hash
 from gradstore.store.features import FeatureStore
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def train_encoder(spec: RunSpec, progress: Progress, *, force: bool = False) -> 
     signal = read_signal(store, options.signal)
     examples = base.examples().splits
     data = {name: store.open_set(name).info.data_hash for name in ("train", "learn")}
-    ours = {name: _data_hash(examples[name]) for name in data}
+    ours = {name: data_hash(examples[name]) for name in data}
     remedy = "Give [data] as the run of that store has it, and its model in model.options.attributed."
     require_equal(f"{_KEY}.store: {options.store}", data, ours, remedy=remedy)
     made_from = plain(
@@ -86,7 +87,8 @@ def train_encoder(spec: RunSpec, progress: Progress, *, force: bool = False) -> 
     began = time.monotonic()
     lesson = _lesson(base, store, signal)
     model = cast("Representation", base.load(resolve_device(spec)))
-    trained, told = _fit(_Checkpoint(place, content_hash(made_from)), model, lesson, settings, (spec, progress))
+    checkpoint = _Checkpoint(place, content_hash(made_from))
+    trained, told = _fit(checkpoint, model, lesson, settings, (spec, progress))
     facts = {
         "examples": lesson.examples,
         "queries": len(lesson.outcomes),
@@ -95,7 +97,7 @@ def train_encoder(spec: RunSpec, progress: Progress, *, force: bool = False) -> 
         **told,
     }
     write_model(base, trained, place, {"made_from": made_from, "facts": facts})
-    _Checkpoint(place, "").remove()
+    checkpoint.remove()
     return {"model": str(place), **facts, "kept": False}
 
 
@@ -218,9 +220,3 @@ def _hash_of(signal: Signal) -> str:
     return content_hash(
         {"settings": signal.settings, "subsets": signal.subsets.tolist(), "outcomes": repr(signal.outcomes.tolist())}
     )
-
-
-def _data_hash(examples: Any) -> str:
-    from gradstore.store.examples import data_hash
-
-    return data_hash(examples)

@@ -35,7 +35,6 @@ _ROLE: Final = "an encoder of texts"
 _UNHEARD: Final = ("weights", "optimizer", "peft", "gguf_file")
 # Tokenizers that know no bound say a number that is none.
 _BOUNDLESS: Final = 10**6
-_SHOWN: Final = 3
 
 
 @runtime_checkable
@@ -242,7 +241,7 @@ class TextEncoder:
             "adapter": "text_encoder",
             "output": OUTPUT,
             "architecture": content_hash(architecture),
-            "tokenizer": TextTokenizer(tokenizer=self._tokenizer(), source=self.model.source).hash(),
+            "tokenizer": self._cutter().hash(),
             "width": layout.dense[2] if layout.dense is not None else int(config.hidden_size),
             "pooling": options.pooling or layout.pooling,
             "normalize": layout.normalize if options.normalize is None else options.normalize,

@@ -206,11 +206,7 @@ class Fitting:
         return self._model
 
     def _step(self, queries: np.ndarray, subsets: np.ndarray, optimizer: torch.optim.Optimizer) -> None:
-        lesson = self._lesson
-        rows, places = np.unique(lesson.subsets[subsets], return_inverse=True)
-        masks = np.zeros((len(subsets), len(rows)), bool)
-        np.put_along_axis(masks, places.reshape(len(subsets), -1), True, axis=1)
-        loss = ranking_loss(self._pooled(queries, rows, masks), self._outcomes(queries, subsets))
+        loss = ranking_loss(self._predicted(queries, subsets), self._outcomes(queries, subsets))
         if not bool(loss.isfinite()):
             raise DataError(f"training: the loss is {loss.item()}. Lower training.options.learning_rate or sharpness.")
         optimizer.zero_grad()
@@ -220,14 +216,16 @@ class Fitting:
     def _accuracy(self) -> float:
         """Ranking accuracy of held-out subsets for held-out queries, the mean of those whose outcomes differ."""
         queries, subsets = self._queries.held, self._subsets.held
-        masks = np.zeros((len(subsets), self._lesson.examples), bool)
-        np.put_along_axis(masks, self._lesson.subsets[subsets], True, axis=1)
         with torch.no_grad():
-            predicted = self._pooled(queries, np.arange(self._lesson.examples), masks).double().cpu().numpy()
+            predicted = self._predicted(queries, subsets).double().cpu().numpy()
         found = ranking_accuracy(predicted, self._lesson.outcomes[np.ix_(queries, subsets)])
         return float(np.nanmean(found))
 
-    def _pooled(self, queries: np.ndarray, rows: np.ndarray, masks: np.ndarray) -> Float[Tensor, "q s"]:
+    def _predicted(self, queries: np.ndarray, subsets: np.ndarray) -> Float[Tensor, "q s"]:
+        """Pooled scores of some queries and subsets, of whose examples alone there is need."""
+        rows, places = np.unique(self._lesson.subsets[subsets], return_inverse=True)
+        masks = np.zeros((len(subsets), len(rows)), bool)
+        np.put_along_axis(masks, places.reshape(len(subsets), -1), True, axis=1)
         asked = self._represented(self._lesson.examples + queries)
         scores = asked @ self._represented(rows).T
         return attention_pool(scores, torch.from_numpy(masks).to(self._device))

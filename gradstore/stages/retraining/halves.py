@@ -23,6 +23,7 @@ from gradstore.stages.retraining.models import (
     Retrained,
     averaged,
     common_settings,
+    folder_of,
     output_of,
     train_missing,
 )
@@ -107,7 +108,7 @@ def _of_attributed(spec: RunSpec, keeper: FeatureStore) -> Sequence[RetrainedArt
         )
     found = []
     for place in ((subset, seed) for subset in range(section.subsets) for seed in range(section.seeds)):
-        name = f"{place[0]:06d}.{place[1]}"
+        name = folder_of(place)
         artifact = RetrainedArtifact.find_named(keeper.storage, section.name, name)
         if artifact is None or not artifact.is_complete():
             raise NotReadyError(

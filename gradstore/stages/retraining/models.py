@@ -42,6 +42,12 @@ Place = tuple[int, int]
 """(subset, seed) of a model."""
 
 
+def folder_of(place: Place) -> str:
+    """Return the name of a model's artifact among those of its kind."""
+    subset, seed = place
+    return f"{subset:06d}.{seed}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrained:
     """What models output that were trained on subsets.
@@ -112,7 +118,7 @@ class Asked:
     @property
     def folder(self) -> str:
         """Name of its artifact among those of its kind."""
-        return f"{self.place[0]:06d}.{self.place[1]}"
+        return folder_of(self.place)
 
 
 def train_missing(

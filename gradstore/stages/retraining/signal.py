@@ -18,7 +18,16 @@ from gradstore.spec import RunSpec
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.embeddings import has_embeddings, similarities
 from gradstore.stages.progress import Progress
-from gradstore.stages.retraining.models import SETS, Asked, Chosen, averaged, common_settings, output_of, train_missing
+from gradstore.stages.retraining.models import (
+    SETS,
+    Asked,
+    Chosen,
+    averaged,
+    common_settings,
+    folder_of,
+    output_of,
+    train_missing,
+)
 from gradstore.store.artifacts import RetrainedArtifact, list_artifacts
 from gradstore.store.codecs import plain
 from gradstore.store.features import FeatureStore
@@ -127,7 +136,7 @@ def read_signal(store: FeatureStore, name: str) -> Signal:
             f"{where}: a subset has no first model. Run `gradstore signal` of the attributed model's run first."
         )
     artifacts = [
-        RetrainedArtifact.open(store.storage, name, f"{subset:06d}.{seed}")
+        RetrainedArtifact.open(store.storage, name, folder_of((subset, seed)))
         for subset in numbers
         for seed in range(seeds)
     ]
@@ -184,7 +193,7 @@ def _kept(store: FeatureStore, name: str, subset: int) -> np.ndarray | None:
 
     What is similar is told in floating point, and may differ in its last bits on another machine.
     """
-    artifact = RetrainedArtifact.find_named(store.storage, name, f"{subset:06d}.0")
+    artifact = RetrainedArtifact.find_named(store.storage, name, folder_of((subset, 0)))
     if artifact is None or "rows" not in artifact.settings:
         return None
     return np.array(artifact.settings["rows"], np.int64)
