@@ -85,6 +85,9 @@ def influence(  # noqa: PLR0913 - typer takes a command's options from its param
     pool: Annotated[
         Literal["sum", "attention"], typer.Option("--pool", help="How rows are put together: attention as AirRep does.")
     ] = "sum",
+    sharpness: Annotated[
+        float, typer.Option("--sharpness", metavar="T", help="By attention: what scores are multiplied by before it.")
+    ] = 1.0,
     examples: Annotated[
         Path | None,
         typer.Option("--examples", metavar="FILE", help="Instead of labels and sources one set: ids, one a line."),
@@ -100,7 +103,7 @@ def influence(  # noqa: PLR0913 - typer takes a command's options from its param
     from gradstore.stages.influence import influence as stage
 
     asked = Asked(kernel=kernel, weights=weighted, query=query, on_itself=on_itself)
-    found = stage(store, asked, by, pool=pool, examples=examples)
+    found = stage(store, asked, by, pool=pool, sharpness=sharpness, examples=examples)
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -73,7 +73,8 @@ class DatamodelingSection(Section):
     asked, ``model.output`` unless given, and of diffusion models the error of the noise. ``store`` is where they are kept, the run's
     own unless given: runs on the same examples may share them. ``groups`` asks for the LDS of every parameter group alone.
     ``choose`` names the queries by which one of the run's kernels and weights is chosen. ``pool`` is how the scores of a subset's
-    examples become what they predict of it: their ``sum``, or by ``attention``, as AirRep does; baselines are summed.
+    examples become what they predict of it: their ``sum``, or by ``attention``, as AirRep does, which is paid by scores times
+    ``sharpness``; baselines are summed.
     """
 
     name: str = Field(default="half", pattern=NAME)
@@ -84,7 +85,15 @@ class DatamodelingSection(Section):
     store: str | None = Field(default=None, min_length=1)
     groups: bool = True
     pool: Literal["sum", "attention"] = "sum"
+    sharpness: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     choose: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What tells it from others that are measured in a store: the models, and the pool unless it is the sum."""
+        models = f"{self.name}.{self.subsets}x{self.seeds}"
+        sharpness = "" if self.sharpness == 1 else f"{self.sharpness:g}"
+        return models if self.pool == "sum" else f"{models}.{self.pool}{sharpness}"
 
     @model_validator(mode="after")
     def _check(self) -> DatamodelingSection:
@@ -93,6 +102,11 @@ class DatamodelingSection(Section):
             if self.choose == "eval":
                 found += ", the queries that are reported: what is chosen by them is no longer measured by them"
             raise SpecError(f'{found}; accepted: "learn".')
+        if self.pool == "sum" and self.sharpness != 1:
+            raise SpecError(
+                f'evaluate.lds.sharpness: found {self.sharpness} with pool = "sum", which pays no attention; set pool = "attention", or '
+                "leave sharpness out."
+            )
         return self
 
 

@@ -10,8 +10,8 @@ import numpy as np
 Array = np.ndarray
 
 
-def attention_pooled(scores_qn: Array, subsets: Sequence[Sequence[int]]) -> Array:
-    """For every query and subset the sum of exp(|s|) s over the sum of exp(|s|), as it is written."""
+def attention_pooled(scores_qn: Array, subsets: Sequence[Sequence[int]], sharpness: float = 1.0) -> Array:
+    """For every query and subset the sum of exp(t |s|) s over the sum of exp(t |s|), as it is written."""
     result = np.zeros((len(scores_qn), len(subsets)))
     with localcontext(Context(prec=50)):
         for q, scores_n in enumerate(scores_qn):
@@ -19,7 +19,7 @@ def attention_pooled(scores_qn: Array, subsets: Sequence[Sequence[int]]) -> Arra
                 above = below = Decimal(0)
                 for n in subset:
                     score = Decimal(float(scores_n[n]))
-                    exponential = abs(score).exp()
+                    exponential = (Decimal(sharpness) * abs(score)).exp()
                     above += exponential * score
                     below += exponential
                 result[q, s] = float(above / below)

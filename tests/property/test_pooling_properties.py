@@ -41,8 +41,8 @@ def drawn_masks(seed: int, subsets: int = 6) -> np.ndarray:
     return np.stack([draw.permutation(ROWS) < draw.integers(1, ROWS + 1) for _ in range(subsets)])
 
 
-def pooled(scores: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    pools = AttentionPools(masks, len(scores))
+def pooled(scores: np.ndarray, masks: np.ndarray, sharpness: float = 1.0) -> np.ndarray:
+    pools = AttentionPools(masks, len(scores), sharpness=sharpness)
     pools.add(scores, np.arange(scores.shape[1]))
     return pools.total()
 
@@ -59,9 +59,10 @@ def assert_close(found: np.ndarray, wanted: np.ndarray, scores: np.ndarray, tole
     order=st.permutations(range(ROWS)),
     cuts=st.lists(st.integers(0, ROWS), max_size=6),
     cut=st.integers(0, QUERIES),
+    sharpness=st.sampled_from([1.0, 0.1, 7.0]),
 )
 def test_pieces_and_their_order_never_change_pools(
-    kind: str, seed: int, order: list[int], cuts: list[int], cut: int
+    kind: str, seed: int, order: list[int], cuts: list[int], cut: int, sharpness: float
 ) -> None:
     scores, masks = drawn(kind, seed), drawn_masks(seed)
     pieces = [
@@ -69,12 +70,12 @@ def test_pieces_and_their_order_never_change_pools(
         for start, stop in pairwise([0, *sorted(cuts), ROWS])
         for first, last in [(0, cut), (cut, QUERIES)]
     ]
-    pools = AttentionPools(masks, QUERIES)
+    pools = AttentionPools(masks, QUERIES, sharpness=sharpness)
     for place in np.random.default_rng(seed).permutation(len(pieces)):
         rows, first, last = pieces[place]
         pools.add(scores[first:last, rows], rows, first)
 
-    assert_close(pools.total(), pooled(scores, masks), scores)
+    assert_close(pools.total(), pooled(scores, masks, sharpness), scores)
 
 
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 1000), tile=st.integers(1, 1000))

@@ -307,6 +307,10 @@ def test_a_set_has_on_every_query_the_pool_of_its_rows(made: RandomStore, tmp_pa
     assert row["sum"] == pytest.approx(pools.sum())
     assert row["mean"] == pytest.approx(pools.mean())
     assert row["positive"] == pytest.approx((pools > 0).mean())
+    sharply = influence(
+        made.url, Asked(weights="given"), "label", pool="attention", sharpness=3.0, examples=tmp_path / "some.txt"
+    )
+    assert sharply["rows"][0]["sum"] == pytest.approx(attention_pooled(scores, [[0, 1, 4]], 3.0).sum())
     (summed,) = influence(made.url, Asked(weights="given"), "label", examples=tmp_path / "some.txt")["rows"]
     assert summed["sum"] == pytest.approx(scores[:, [0, 1, 4]].sum())
 
@@ -347,6 +351,10 @@ def test_a_file_that_is_not_there_self_influence_by_attention_and_rows_without_f
         influence(made.url, Asked(), "label", examples=tmp_path / "none.txt")
     with pytest.raises(SpecError, match="--pool: found attention with --self"):
         influence(made.url, Asked(on_itself=True), "label", pool="attention")
+    with pytest.raises(SpecError, match=r"--sharpness: found 2\.0 with --pool sum; accepted: .* with attention\."):
+        influence(made.url, Asked(), "label", sharpness=2.0)
+    with pytest.raises(SpecError, match=r"--sharpness: found nan with --pool attention; accepted: a number above 0"):
+        influence(made.url, Asked(), "label", pool="attention", sharpness=float("nan"))
     ids = FeatureStore.open(made.url).open_set("train").read_column("example_id")
     (tmp_path / "invalid.txt").write_text(f"{ids[INVALID[0]]}\n", encoding="utf-8")
     with pytest.raises(SpecError, match="none of the rows that are asked for has valid features"):

@@ -91,8 +91,7 @@ def test_reported_lds_is_computed_again_from_ranks_and_what_retrained_models_out
         kept = outputs[(outputs.store == Path(keeper).name) & (outputs.set == "eval") & (outputs["name"] == "half")]
         actual = -kept.groupby(["subset", "query"]).output.mean().unstack()
         for row in told["methods"]:
-            pool = "" if spec.evaluate.lds.pool == "sum" else f".{spec.evaluate.lds.pool}"
-            name = f"lds.half.{told['subsets']}x{told['seeds']}{pool}/{row['kernel'] or 'baseline'}.{row['method']}"
+            name = f"lds.{spec.evaluate.lds.title}/{row['kernel'] or 'baseline'}.{row['method']}"
             found = of_store[(of_store.evaluation == name) & of_store.group.isna()]
             ranks = np.array(found.ranks.tolist()) - (told["subsets"] + 1) / 2
             of_queries = rankdata(actual[found.row].to_numpy().T, axis=1) - (told["subsets"] + 1) / 2

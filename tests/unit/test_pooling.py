@@ -14,8 +14,8 @@ from gradstore.numerics.representation import AttentionPools, attention_pool
 from tests.oracle.pooling import attention_pooled
 
 
-def streamed(scores: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    pools = AttentionPools(masks, len(scores))
+def streamed(scores: np.ndarray, masks: np.ndarray, sharpness: float = 1.0) -> np.ndarray:
+    pools = AttentionPools(masks, len(scores), sharpness=sharpness)
     pools.add(scores, np.arange(scores.shape[1]))
     return pools.total()
 
@@ -47,6 +47,18 @@ def test_a_pool_is_the_mean_of_scores_by_the_softmax_of_their_sizes(size: float,
     assert streamed(scores, MASKS) == pytest.approx(wanted, rel=1e-11, abs=1e-12 * size)
     tolerance = 1e-5 if dtype is np.float32 else 1e-12
     assert dense(scores, MASKS) == pytest.approx(wanted, rel=10 * tolerance, abs=tolerance * size)
+
+
+@pytest.mark.parametrize("sharpness", [0.01, 5.0, 300.0])
+def test_sharpness_multiplies_scores_in_the_attention_alone(sharpness: float) -> None:
+    scores = np.random.default_rng(8).standard_normal((4, 12))
+
+    found = streamed(scores, MASKS, sharpness)
+
+    subsets = [np.flatnonzero(mask).tolist() for mask in MASKS]
+    assert found == pytest.approx(attention_pooled(scores, subsets, sharpness), rel=1e-11, abs=1e-12)
+    # Scores that are so much larger have pools that are, too, and order subsets alike.
+    assert sharpness * found == pytest.approx(streamed(sharpness * scores, MASKS), rel=1e-10, abs=1e-11 * sharpness)
 
 
 def test_a_pool_of_two_scores_is_what_is_written_out_by_hand() -> None:

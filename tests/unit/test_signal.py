@@ -31,7 +31,7 @@ from gradstore.stages.progress import Progress
 from gradstore.stages.reading import examples_at
 from gradstore.stages.retraining import make_signal, read_signal
 from gradstore.stages.train import train_model
-from gradstore.store.artifacts import ContributionArtifact, RetrainedArtifact
+from gradstore.store.artifacts import ContributionArtifact, RetrainedArtifact, list_artifacts
 from gradstore.store.features import FeatureStore
 from tests.encoders import make_tiny_encoder
 from tests.models import make_tiny_model
@@ -247,6 +247,15 @@ def test_an_encoder_is_trained_once_and_its_pooled_scores_are_measured_by_the_at
     expected = [spearmanr(pooled[query], actual[:, query]).statistic for query in range(QUERIES)]
     (unweighted,) = (row for row in found["methods"] if row["method"] == "unweighted")
     assert unweighted["measures"]["lds"]["mean"] == pytest.approx(np.mean(expected))
+
+    sharper = represented(copied, {"evaluate.lds": {"sharpness": 40.0}})
+    (again,) = (row for row in evaluate_lds(sharper, ENGINE, QUIET)["methods"] if row["method"] == "unweighted")
+    pooled = attention_pooled(scores, [np.flatnonzero(mask).tolist() for mask in masks], 40.0)
+    expected = [spearmanr(pooled[query], actual[:, query]).statistic for query in range(QUERIES)]
+    assert again["measures"]["lds"]["mean"] == pytest.approx(np.mean(expected))
+    assert {"lds.half.4x1.attention", "lds.half.4x1.attention40"} == {
+        artifact.name.partition("/")[0] for artifact in list_artifacts(store.storage) if artifact.kind == "evaluation"
+    }
 
 
 def test_a_training_whose_process_died_goes_on_from_its_checkpoint(

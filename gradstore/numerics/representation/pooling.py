@@ -19,10 +19,11 @@ class AttentionPools:
     r"""What scores predict of models that were trained on subsets, pooled by attention as scores stream by.
 
     .. math:: P[q, s] = \sum_{n \in s} \alpha_n S[q, n], \quad
-        \alpha_n = \frac{\exp |S[q, n]|}{\sum_{m \in s} \exp |S[q, m]|}
+        \alpha_n = \frac{\exp t |S[q, n]|}{\sum_{m \in s} \exp t |S[q, m]|}
 
-    the pooling of AirRep (arXiv 2505.18513), where S[q, n] is the product of the vectors of query and example. It is in the
-    units of the scores, between the smallest and the largest of a subset.
+    the pooling of AirRep (arXiv 2505.18513), where S[q, n] is the product of the vectors of query and example and t, the
+    sharpness, is 1. It is in the units of the scores, between the smallest and the largest of a subset: of scores that are
+    multiplied by t it is t times as large, and orders subsets alike.
 
     Exponentials are of differences to the largest size of a score that a query has had in the same subset, in float64:
     no score is too large, nor does a large one outside of a subset make those within it vanish. Held are the masks, three
@@ -34,6 +35,8 @@ class AttentionPools:
         True where an example is in a subset. What is added of no example counts in none.
     num_queries
         Q.
+    sharpness
+        t, above 0, in one over the units of the scores: the larger, the more counts the score of the largest size.
 
     Raises
     ------
@@ -41,9 +44,9 @@ class AttentionPools:
         If a subset has no example.
     """
 
-    def __init__(self, masks_SN: Bool[np.ndarray, "S N"], num_queries: int) -> None:
+    def __init__(self, masks_SN: Bool[np.ndarray, "S N"], num_queries: int, *, sharpness: float = 1.0) -> None:
         _refuse_without_example(np.flatnonzero(~masks_SN.any(1)).tolist())
-        self._masks_SN = masks_SN
+        self._masks_SN, self._sharpness = masks_SN, sharpness
         shape = num_queries, len(masks_SN)
         self._largest_QS = np.full(shape, -np.inf)
         self._attention_QS = np.zeros(shape)
@@ -80,8 +83,9 @@ class AttentionPools:
         attention_qk = np.abs(scores_qk)
         largest_q = np.maximum(self._largest_QS[place], attention_qk.max(1))
         # Before the first score the largest is minus infinity, and what it keeps of the sums is 0.
-        kept_q = np.exp(self._largest_QS[place] - largest_q)
+        kept_q = np.exp(self._sharpness * (self._largest_QS[place] - largest_q))
         attention_qk -= largest_q[:, None]
+        attention_qk *= self._sharpness
         np.exp(attention_qk, out=attention_qk)
         self._largest_QS[place] = largest_q
         self._attention_QS[place] = self._attention_QS[place] * kept_q + attention_qk.sum(1)

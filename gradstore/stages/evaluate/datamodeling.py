@@ -25,6 +25,7 @@ from gradstore.store.features import FeatureStore
 if TYPE_CHECKING:
     from gradstore.numerics.metrics import SubsetSums
     from gradstore.numerics.representation import AttentionPools
+    from gradstore.spec.evaluation import DatamodelingSection
 
 MEASURE: Final = "lds"
 _ACCURACY: Final = "ranking_accuracy"
@@ -47,10 +48,7 @@ class _Judge:
     @property
     def measure(self) -> str:
         """Folder of what is measured."""
-        section = section_of(self.spec)
-        told = f"{MEASURE}.{section.name}.{section.subsets}x{section.seeds}"
-        if section.pool != "sum":
-            told += f".{section.pool}"
+        told = f"{MEASURE}.{section_of(self.spec).title}"
         return told if self.set_name == "eval" else f"{told}.{self.set_name}"
 
     @classmethod
@@ -188,8 +186,9 @@ def _joined(found: Compared, choice: _Choice) -> Compared:
 def _predicted(found: Compared, judge: _Judge) -> tuple[dict[Method, np.ndarray], list[dict[str, Any]]]:
     """What the scores of each method predict of the queries, [Q, S], and the LDS of every group; measured where it is not there."""
     section, storage = section_of(found.spec), found.store.storage
-    # That scores are summed was not said when nothing else could be.
-    evaluated = section.model_dump(exclude={"groups", "choose", "store", *(["pool"] if section.pool == "sum" else [])})
+    # What nothing else could be once was not said then.
+    pooled = section.model_dump(include={"pool", "sharpness"}, exclude_defaults=True)
+    evaluated = {**section.model_dump(exclude={"groups", "choose", "store", "pool", "sharpness"}), **pooled}
     artifacts = {
         method: EvaluationArtifact.create(
             storage,
@@ -205,9 +204,9 @@ def _predicted(found: Compared, judge: _Judge) -> tuple[dict[Method, np.ndarray]
     if missing or of_groups:
         masks_SN, rows = judge.retrained.masks, found.store.open_set(judge.set_name).info.rows
         groups = [array.name for array in found.store.open_set("train").info.arrays]
-        sums = {method: _pools(section.pool, method, masks_SN, rows) for method in missing}
+        sums = {method: _pools(section, method, masks_SN, rows) for method in missing}
         # Every group of a query is like a query of its own.
-        group_sums = _pools(section.pool, found.methods[0], masks_SN, rows * len(groups)) if of_groups else None
+        group_sums = _pools(section, found.methods[0], masks_SN, rows * len(groups)) if of_groups else None
         # Parts come with the scores of a kernel.
         scanned = [*missing, *([found.methods[0]] if of_groups and found.methods[0] not in missing else [])]
         for piece in found.scan(scanned, MEASURE):
@@ -232,12 +231,16 @@ def _predicted(found: Compared, judge: _Judge) -> tuple[dict[Method, np.ndarray]
     return predicted, [] if by_group is None else _groups_told(found, by_group.read(), judge)
 
 
-def _pools(pool: str, method: Method, masks_SN: np.ndarray, queries: int) -> SubsetSums | AttentionPools:
+def _pools(
+    section: DatamodelingSection, method: Method, masks_SN: np.ndarray, queries: int
+) -> SubsetSums | AttentionPools:
     """What adds up the scores of every subset as they stream by."""
     from gradstore.numerics.metrics import SubsetSums
     from gradstore.numerics.representation import AttentionPools
 
-    return AttentionPools(masks_SN, queries) if pool == "attention" and method.kernel else SubsetSums(masks_SN, queries)
+    if section.pool == "attention" and method.kernel:
+        return AttentionPools(masks_SN, queries, sharpness=section.sharpness)
+    return SubsetSums(masks_SN, queries)
 
 
 def _of_groups(found: Compared, judge: _Judge, evaluated: Mapping[str, Any]) -> EvaluationArtifact:

@@ -13,7 +13,7 @@ from gradstore.store.features import FeatureStore
 
 
 def pooled(
-    store: FeatureStore, asked: Asked, named: Mapping[str | None, Sequence[int]]
+    store: FeatureStore, asked: Asked, named: Mapping[str | None, Sequence[int]], *, sharpness: float
 ) -> tuple[Influence, dict[str | None, dict[str, Any]]]:
     """What was asked of, and of every set with a valid row f(q, S): its sum and mean over the queries, and how many are above 0.
 
@@ -32,7 +32,7 @@ def pooled(
     kept = np.asarray(masks.any(1))
     if not kept.any():
         raise SpecError(f"{store.storage.url}: none of the rows that are asked for has valid features. Choose others.")
-    pools = AttentionPools(masks[kept], len(counted_Q))
+    pools = AttentionPools(masks[kept], len(counted_Q), sharpness=sharpness)
     for first, place_N, s_QN in scores:
         pools.add(s_QN, place_N, first)
     of_queries = pools.pools()[counted_Q]

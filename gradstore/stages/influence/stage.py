@@ -25,14 +25,20 @@ _PERCENT: Final = 100
 
 
 def influence(
-    store_url: str, asked: Asked, by: Totals, *, pool: Pool = "sum", examples: Path | None = None
+    store_url: str,
+    asked: Asked,
+    by: Totals,
+    *,
+    pool: Pool = "sum",
+    sharpness: float = 1.0,
+    examples: Path | None = None,
 ) -> dict[str, Any]:
     r"""Plain values: of every label or source of the train set how many valid rows it has, and their influence.
 
     Of sums ``sum`` is that of their influence (`find_influence`), ``mean`` what one of them has, ``positive`` the share of rows
     above 0. By attention a set S of rows has on a query
 
-    .. math:: f(q, S) = \sum_{n \in S} \alpha_n S[q, n], \qquad \alpha = \operatorname{softmax}_{n \in S} |S[q, n]|
+    .. math:: f(q, S) = \sum_{n \in S} \alpha_n S[q, n], \qquad \alpha = \operatorname{softmax}_{n \in S} t |S[q, n]|
 
     (arXiv 2505.18513), of which ``sum`` is that over the queries, ``mean`` what one query has, and ``positive`` the share of
     queries above 0. Largest sums first. Labels of rows without one are None.
@@ -45,16 +51,23 @@ def influence(
         Whose rows are put together.
     pool
         How.
+    sharpness
+        t, by attention.
     examples
         A file of ids, one a line: they are the one set that is asked for, in the place of labels and sources.
 
     Raises
     ------
     SpecError
-        If the file holds no id, or one that is not in the train set; or self-influence is asked for by attention.
+        If the file holds no id, or one that is not in the train set; or self-influence is asked for by attention; or the sharpness is
+        not a number above 0, or of sums.
     """
     if pool == "attention" and asked.on_itself:
         raise SpecError("--pool: found attention with --self, which has one number for each example. Leave out one.")
+    if not 0 < sharpness < math.inf or (pool == "sum" and sharpness != 1):
+        raise SpecError(
+            f"--sharpness: found {sharpness} with --pool {pool}; accepted: a number above 0, with attention."
+        )
     store = FeatureStore.open(store_url)
     by_name: str = by if examples is None else "examples"
     # Before C is read.
@@ -62,13 +75,13 @@ def influence(
         _named(store, by) if examples is None else {examples.name: _rows_of_ids(store, examples)}
     )
     if pool == "attention":
-        found, rows = pooled(store, asked, named)
+        found, rows = pooled(store, asked, named, sharpness=sharpness)
     else:
         found = find_influence(store_url, asked)
         rows = _summed(found, named)
     told = [{by_name: name, **of} for name, of in rows.items()]
     told.sort(key=lambda row: -row["sum"])
-    return {**_made(found), "by": by_name, "pool": pool, "rows": told}
+    return {**_made(found), "by": by_name, "pool": pool, "sharpness": sharpness, "rows": told}
 
 
 def _named(store: FeatureStore, by: Totals) -> dict[str | None, list[int]]:

@@ -27,7 +27,7 @@ from gradstore.store.blocks import in_parallel
 from gradstore.store.features import FeatureStore
 
 # Fewer digits than would be a burden in the name of a stranger's evaluation.
-_EVALUATION: Final = r"lds\.(.+)\.(\d{1,6})x(\d{1,3})(?:\.attention)?"
+_EVALUATION: Final = r"lds\.(.+)\.(\d{1,6})x(\d{1,3})(?:\.attention[^/]*)?"
 _MEASURE: Final = "correlation"
 
 
