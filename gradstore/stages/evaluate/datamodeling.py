@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gradstore.spec.evaluation import DatamodelingSection
 
 MEASURE: Final = "lds"
-_ACCURACY: Final = "ranking_accuracy"
+ACCURACY: Final = "ranking_accuracy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,7 +112,9 @@ def evaluate_lds(spec: RunSpec, engine: Engine, progress: Progress) -> dict[str,
         "share": section.share,
         "queries": len(judge.queries),
         "queries_without": store.open_set("eval").info.num_examples - len(judge.queries),
-        "methods": [row for methods, _ in predicted for row in _compared(methods, judge.actual, seed=spec.run.seed)],
+        "methods": [
+            row for methods, _ in predicted for row in compared_predictions(methods, judge.actual, seed=spec.run.seed)
+        ],
         "groups": [row for _, groups in predicted for row in groups],
         "chosen": None if choice is None else choice.told(predicted, judge),
     }
@@ -282,15 +284,27 @@ def _groups_told(found: Compared, table: pa.Table, judge: _Judge) -> list[dict[s
     ]
 
 
-def _compared(predicted: Mapping[Method, np.ndarray], actual_SQ: np.ndarray, *, seed: int) -> list[dict[str, Any]]:
-    """LDS, and the ranking accuracy of the same subsets; differences of weights are to no weights."""
+def compared_predictions(
+    predicted: Mapping[Method, np.ndarray], actual_SQ: np.ndarray, *, seed: int
+) -> list[dict[str, Any]]:
+    """Return LDS, and the ranking accuracy of the same subsets; differences of weights are to no weights, where these are there.
+
+    Parameters
+    ----------
+    predicted
+        [Q, S] of each method: what its scores predict of every subset.
+    actual_SQ
+        What the models output that were trained on them, larger is better.
+    seed
+        Of the bootstrap, of the queries and of the subsets.
+    """
     from gradstore.numerics.metrics import compare_datamodeling, compare_ranking
 
     named = {method.artifact: of_method for method, of_method in predicted.items()}
-    (without,) = (method.artifact for method in predicted if method.name == UNWEIGHTED)
+    without = next((method.artifact for method in predicted if method.name == UNWEIGHTED), None)
     compared = {
         MEASURE: compare_datamodeling(named, actual_SQ, against=without, seed=seed),
-        _ACCURACY: compare_ranking(named, actual_SQ, against=without, seed=seed),
+        ACCURACY: compare_ranking(named, actual_SQ, against=without, seed=seed),
     }
     told = []
     for method in predicted:

@@ -1,4 +1,4 @@
-"""LDS with the intervals that `gradstore evaluate lds` told, where what models output that were trained on subsets is at hand."""
+"""LDS, and ranking accuracy, with the intervals that `gradstore evaluate lds` told, where what models output that were trained on subsets is at hand."""
 
 # Q queries, S subsets, R rows of the eval set.
 
@@ -16,11 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gradstore.errors import GradstoreError, NotReadyError
-from gradstore.stages.evaluate import described
-from gradstore.stages.evaluate.told import told_comparison
+from gradstore.stages.evaluate import compared_predictions
 from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.score.sources import Method
-from gradstore.stages.weights import UNWEIGHTED
 from gradstore.store.artifacts import RetrainedArtifact
 from gradstore.store.backend import Storage
 from gradstore.store.blocks import in_parallel
@@ -34,37 +32,30 @@ _MEASURE: Final = "correlation"
 def compared_two_way(
     store: FeatureStore, evaluation: str, found: Sequence[tuple[Method, pa.Table]], *, seed: int
 ) -> list[dict[str, Any]] | None:
-    """Return LDS of each method, with intervals by a bootstrap of queries and of subsets; differences of weights are to no weights.
+    """Return LDS and ranking accuracy of each method as `compared_predictions` does, by a bootstrap of queries and of subsets.
 
     None where what the models output is neither in the store nor in the one that its run names, or gives other correlations;
     and where methods were measured of different queries.
     """
-    from gradstore.numerics.metrics import compare_datamodeling, linear_datamodeling_score
+    from gradstore.numerics.metrics import linear_datamodeling_score
 
     named, queries = re.fullmatch(_EVALUATION, evaluation), found[0][1]["query"]
     if named is None or any(table["query"] != queries for _, table in found):
         return None
     subsets, rows_Q = int(named[2]), queries.to_numpy()
-    sums = {method.artifact: pc.list_flatten(table["predicted"]).to_numpy() for method, table in found}
+    sums = {method: pc.list_flatten(table["predicted"]).to_numpy() for method, table in found}
     outputs_SR = _outputs(store, named[1], subsets, int(named[3]))
     if outputs_SR is None or any(of_method.size != len(rows_Q) * subsets for of_method in sums.values()):
         return None
     if not (rows_Q.min() >= 0 and rows_Q.max() < outputs_SR.shape[1] and np.isfinite(outputs_SR[:, rows_Q]).all()):
         return None
     actual_SQ = outputs_SR[:, rows_Q]
-    predicted = {name: of_method.reshape(-1, subsets) for name, of_method in sums.items()}
+    predicted = {method: of_method.reshape(-1, subsets) for method, of_method in sums.items()}
     for method, table in found:
-        again_Q = linear_datamodeling_score(predicted[method.artifact], actual_SQ).correlations
+        again_Q = linear_datamodeling_score(predicted[method], actual_SQ).correlations
         if not np.allclose(again_Q, table[_MEASURE].to_numpy(), equal_nan=True):
             return None
-    against = next((method.artifact for method, _ in found if method.name == UNWEIGHTED), None)
-    compared = compare_datamodeling(predicted, actual_SQ, against=against, seed=seed)
-    told = []
-    for method, _ in found:
-        comparison = compared[method.artifact]
-        shown = comparison if method.weights is not None else comparison._replace(difference=None)
-        told.append({**described(method), "queries": len(rows_Q), "measures": {_MEASURE: told_comparison(shown)}})
-    return told
+    return compared_predictions(predicted, actual_SQ, seed=seed)
 
 
 def _outputs(store: FeatureStore, name: str, subsets: int, seeds: int) -> np.ndarray | None:

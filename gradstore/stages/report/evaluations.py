@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from gradstore.stages.evaluate import compared, compared_detection, described
+from gradstore.stages.evaluate import ACCURACY, compared, compared_detection, described
 from gradstore.stages.report.data import TAIL_PATCH, MeasuredRow, MeasuredTable
 from gradstore.stages.report.datamodeling import compared_two_way
 from gradstore.stages.score.sources import BASELINE, Method
@@ -40,6 +40,12 @@ _ABOUT: Final[Mapping[str, tuple[str, str]]] = {
         "how surely self-influence comes before that of examples whose label is right, times 100",
     ),
 }
+_ABOUT_ACCURACY: Final = (
+    "Subsets in the right order",
+    "of every two subsets, how often scores say rightly which of them a query is better off with, times 100: 50 is chance",
+)
+# Measures that need no name beside that of the evaluation.
+_ONLY: Final = (_PERCENT, "correlation", "lds")
 
 
 def evaluated_kernels(store: FeatureStore) -> list[str]:
@@ -86,7 +92,7 @@ def _tables(
 ) -> Iterator[MeasuredTable]:
     """Tables of one evaluation: without weights first, baselines last."""
     kind, _, name = evaluation.partition(".")
-    title, about = _ABOUT[kind]
+    (title, about), intervals = _ABOUT[kind], ""
     found = sorted(found, key=lambda item: (item[0].kernel is None, item[0].weights is not None, item[0].name))
     if kind == "mislabel":
         # Baselines may have been measured of other examples, by another kernel's settings.
@@ -97,15 +103,17 @@ def _tables(
         two_way = compared_two_way(store, evaluation, found, seed=seed) if kind == "lds" else None
         told = two_way or compared([(described(method), _values(table)) for method, table in found], seed=seed)
         if kind == "lds":
-            about += _OF_QUERIES_ALONE if two_way is None else _OF_BOTH
+            intervals = _OF_QUERIES_ALONE if two_way is None else _OF_BOTH
     measures = dict.fromkeys(measure for row in told for measure in row["measures"])
     for measure in measures:
         rows = [row for row in told if measure in row["measures"]]
         factor = 1.0 if measure == _PERCENT else _HUNDRED
-        shown = title if measure in (_PERCENT, "correlation") else f"{title}, {measure.replace('_', ' ')}"
+        shown, says = title if measure in _ONLY else f"{title}, {measure.replace('_', ' ')}", about
+        if measure == ACCURACY:
+            shown, says = _ABOUT_ACCURACY
         yield MeasuredTable(
             title=f"{shown} ({name})" if name else shown,
-            about=about,
+            about=says + intervals,
             rows=[_row(row, row["measures"][measure], factor) for row in rows],
             noun="examples" if kind == "mislabel" else "queries",
         )
