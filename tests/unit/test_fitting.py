@@ -62,7 +62,7 @@ def lesson(folder: Path, *, noise: float = 0.0) -> Lesson:
 SETTINGS = FittingSettings(epochs=10, patience=10, queries=16, subsets=24, learning_rate=0.05, sharpness=2.0)
 
 
-@pytest.mark.parametrize(("layers", "learning_rate"), [(0, 0.05), (1, 0.01)])
+@pytest.mark.parametrize(("layers", "learning_rate"), [(0, 0.05), (1, 0.1)])
 def test_held_out_subsets_are_ranked_better_the_longer_it_trains(
     folder: Path, layers: int, learning_rate: float
 ) -> None:
@@ -75,6 +75,24 @@ def test_held_out_subsets_are_ranked_better_the_longer_it_trains(
     assert fitted.accuracies[fitted.best] == max(fitted.accuracies)
     assert fitted.accuracies[fitted.best] > fitted.accuracies[0] + 0.2
     assert len(fitted.accuracies) == 1 + settings.epochs
+
+
+def test_how_large_the_encoders_states_are_makes_no_difference(folder: Path) -> None:
+    found = []
+    for size in (1.0, 16.0):
+        model = encoder(folder)
+        layers: Any = model.encoder.get_submodule("encoder.layer")
+        with torch.no_grad():
+            for parameter in layers[-1].output.LayerNorm.parameters():
+                parameter.mul_(size)
+        fitting = Fitting(model, lesson(folder), replace(SETTINGS, epochs=3), seed=1)
+        fitted = fitting.begin()
+        for reached in fitting.go_on(fitted):
+            fitted = reached
+        found.append(fitted.accuracies)
+
+    assert found[0][0] != found[0][-1]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
 def test_it_begins_with_the_encoders_own_products_at_the_sharpness_that_is_asked_for(folder: Path) -> None:

@@ -18,6 +18,8 @@ from gradstore.numerics.representation.ranking import ranking_loss
 
 _BATCH: Final = 32
 _START: Final = "start"
+# Learning rate of the encoder's own layers, in parts of that of the linear layer.
+_OWN: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,8 @@ class FittingSettings:
     queries, subsets
         Of one step.
     learning_rate, weight_decay
-        Of AdamW; the linear layer decays towards where it began.
+        Of AdamW, of the linear layer in parts of its size at the start, towards which it decays; the encoder's own layers, whose
+        size is theirs, learn at a tenth of the rate and do not decay.
     sharpness
         Mean square of the norm of representations at the start: how much of its attention a query pays to its nearest.
     held_out
@@ -45,7 +48,7 @@ class FittingSettings:
     patience: int = 10
     queries: int = 16
     subsets: int = 32
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.1
     sharpness: float = 5.0
     held_out: float = 0.2
@@ -164,7 +167,7 @@ class Fitting:
         dense = model.dense if isinstance(model.dense, nn.Linear) else None
         start = torch.eye(states.shape[1], device=self._device) if dense is None else dense.weight.detach()
         start = start * (settings.sharpness / (states @ start.T).square().sum(1).mean()).sqrt()
-        # Of this the weight decays, not the layer itself.
+        # Of the change the weight decays, not of the layer itself. Steps of AdamW are of one size whatever the encoder's states are.
         self._start, self._change = start, nn.Parameter(torch.zeros_like(start))
 
     def begin(self) -> Fitted:
@@ -199,7 +202,8 @@ class Fitting:
         self._load(named)
         dense = nn.Linear(self._start.shape[1], self._start.shape[0], bias=False, device=self._device)
         with torch.no_grad():
-            dense.weight.copy_(fitted.tensors[_START].to(self._device) + self._change)
+            self._start = fitted.tensors[_START].to(self._device)
+            dense.weight.copy_(self._linear())
         self._model.dense = dense.requires_grad_(False)
         # Lengths were trained too.
         self._model.reading = replace(self._model.reading, normalize=False)
@@ -235,7 +239,11 @@ class Fitting:
             states = self._states[torch.from_numpy(places).to(self._device)]
         else:
             states = torch.cat([self._pooled_states(some) for some in _batched(places)])
-        return states @ (self._start + self._change).T
+        return states @ self._linear().T
+
+    def _linear(self) -> Float[Tensor, "width states"]:
+        """W: the start, and the change in units of the root mean square of its rows' lengths."""
+        return self._start + self._start.square().sum(1).mean().sqrt() * self._change
 
     def _all_states(self) -> Float[Tensor, "n width"]:
         return torch.cat([self._pooled_states(some) for some in _batched(np.arange(len(self._lesson.texts)))])
@@ -268,7 +276,7 @@ class Fitting:
         return torch.optim.AdamW(
             [
                 {"params": [self._change], "weight_decay": settings.weight_decay},
-                {"params": [*self._layers.parameters()], "weight_decay": 0.0},
+                {"params": [*self._layers.parameters()], "weight_decay": 0.0, "lr": _OWN * settings.learning_rate},
             ],
             lr=settings.learning_rate,
         )
