@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,10 @@ def _of_part(part: Part, gradient: np.ndarray, projection: Projection, seed: int
     )
 
 
+@lru_cache(maxsize=64)
 def _sparse_draws(part: Part, size: int, nonzeros: int, seed: int) -> list[np.ndarray]:
     draws = []
     for nonzero in range(nonzeros):
-        pairs = words(derive_key(seed, part.key, f"bucket {nonzero}"), math.ceil(size / 2))
-        halves = [[int(pair) % 2**32, int(pair) >> 32] for pair in pairs]
-        draws.append(np.array(halves).reshape(-1)[:size])
+        pairs = words(derive_key(seed, part.key, f"bucket {nonzero}"), math.ceil(size / 2)).astype(np.uint64)
+        draws.append(np.stack([pairs % 2**32, pairs >> 32], axis=1).reshape(-1)[:size])
     return draws

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
+from gradstore.adapters.locations import resolve_location
 from gradstore.adapters.models.functions import code_hash, find_function, users_code
 from gradstore.adapters.models.modules import is_function
 from gradstore.adapters.protocol import Adapter
 from gradstore.errors import SpecError
-from gradstore.spec import resolve_kind
+from gradstore.spec import content_hash, resolve_kind
 from gradstore.store.examples import Example
 
 if TYPE_CHECKING:
@@ -105,6 +107,23 @@ def trainer_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         find_function(name, f"{_KEY}.trainer")
         code = code_hash(name)
     return {"trainer": name, "options": dict(options), "code": code}
+
+
+def hash_of_base(base: str | None) -> str | None:
+    """Return a hash of the files of training.base, or of a hub id or function: a folder may be elsewhere on another machine."""
+    if base is None:
+        return None
+    place = Path(resolve_location(base, f"{_KEY}.base"))
+    files = sorted(file for file in (place, *place.rglob("*")) if file.is_file())
+    if not files:
+        return content_hash(base)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(
+                f"{file.relative_to(place)}|{hashlib.file_digest(opened, hashlib.blake2b).hexdigest()}|".encode()
+            )
+    return digest.hexdigest()
 
 
 def outputs_of(adapter: Adapter, model: nn.Module, examples: Sequence[Example]) -> np.ndarray:

@@ -12,6 +12,7 @@ from gradstore.adapters.training import (
     AIRREP,
     Trainer,
     TrainsAlone,
+    hash_of_base,
     outputs_of,
     resolve_trainer,
     trainer_settings,
@@ -68,7 +69,7 @@ def _train(spec: RunSpec, member: str, trainer: Trainer, place: Path, *, force: 
     made_from = plain(
         {
             **trainer_settings(spec.training.trainer, spec.training.options),
-            "base": spec.training.base,
+            "base": hash_of_base(spec.training.base),
             "seed": spec.run.seed,
             "member": drawn_by,
             "model": {key: value for key, value in adapter.identity().items() if key not in _SEEN_AS},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import numpy as np
 
 from gradstore.adapters.encoder import TextEncoder
-from gradstore.adapters.training import AIRREP
+from gradstore.adapters.training import AIRREP, hash_of_base
 from gradstore.errors import DataError, SpecError
 from gradstore.numerics.generator import derive_key
 from gradstore.plan.resolve import make_adapter, resolve_device
@@ -75,7 +75,7 @@ def train_encoder(spec: RunSpec, progress: Progress, *, force: bool = False) -> 
         {
             "trainer": AIRREP,
             "options": asdict(settings),
-            "base": spec.training.base,
+            "base": hash_of_base(spec.training.base),
             "seed": spec.run.seed,
             "model": base.identity(),
             "signal": _hash_of(signal),

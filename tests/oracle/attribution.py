@@ -28,9 +28,7 @@ def precondition(
         return query_qd
     if kind == "ekfac":
         return _precondition_in_eigenbases(train_nd, query_qd, factors, damping=damping, mode=mode)
-    gram = np.zeros((train_nd.shape[1], train_nd.shape[1]))
-    for row in train_nd.astype(np.float64):
-        gram += np.outer(row, row)
+    gram = train_nd.astype(np.float64).T @ train_nd.astype(np.float64)
     if mode == "relative":
         damping = damping * np.trace(gram) / len(gram)
     if damping == 0:
@@ -55,30 +53,18 @@ def _precondition_in_eigenbases(
                 direction[start : start + size] = np.outer(left_vectors[:, a], right_vectors[:, b]).reshape(-1)
                 directions.append(direction)
         start += size
-    means = [
-        math.fsum(float(direction @ row) ** 2 for row in train_nd.astype(np.float64)) / len(train_nd)
-        for direction in directions
-    ]
+    basis = np.array(directions)
+    means = np.square(train_nd.astype(np.float64) @ basis.T).mean(0)
     if mode == "relative":
-        damping = damping * math.fsum(means) / len(means)
-    result = np.zeros_like(query_qd)
+        damping = damping * means.mean()
     if damping == 0:
-        return result
-    for q, query in enumerate(query_qd):
-        for direction, mean in zip(directions, means, strict=True):
-            result[q] += direction * (direction @ query) / (mean + damping)
-    return result
+        return np.zeros_like(query_qd)
+    return np.asarray((query_qd @ basis.T / (means + damping)) @ basis)
 
 
 def contributions(queries: Mapping[str, Array], rows: Mapping[str, Array], groups: Sequence[str]) -> Array:
-    """C[q, n, j] as one inner product after the other, of preconditioned queries with training features."""
-    num_queries, num_rows = len(queries[groups[0]]), len(rows[groups[0]])
-    c = np.zeros((num_queries, num_rows, len(groups)))
-    for q in range(num_queries):
-        for n in range(num_rows):
-            for j, group in enumerate(groups):
-                c[q, n, j] = queries[group][q].astype(np.float64) @ rows[group][n].astype(np.float64)
-    return c
+    """C[q, n, j], inner products of preconditioned queries with training features."""
+    return np.stack([queries[group].astype(np.float64) @ rows[group].astype(np.float64).T for group in groups], axis=2)
 
 
 def self_influence(preconditioned: Mapping[str, Array], rows: Mapping[str, Array], groups: Sequence[str]) -> Array:
@@ -115,9 +101,7 @@ def full_kernel_products(
 ) -> Array:
     """K phi of every row, [D, N], by solving (Phi^T Phi + lambda I) x = phi over all groups' features side by side."""
     phi = np.concatenate([train[group].astype(np.float64) for group in groups], axis=1)
-    gram = np.zeros((phi.shape[1], phi.shape[1]))
-    for row in phi:
-        gram += np.outer(row, row)
+    gram = phi.T @ phi
     if mode == "relative":
         damping = damping * np.trace(gram) / len(gram)
     against = np.concatenate([rows[group].astype(np.float64) for group in groups], axis=1)
@@ -142,9 +126,7 @@ def full_contributions(
     start = 0
     for j, group in enumerate(groups):
         stop = start + queries[group].shape[1]
-        for q, query in enumerate(queries[group].astype(np.float64)):
-            for n in range(products.shape[1]):
-                c[q, n, j] = query @ products[start:stop, n]
+        c[:, :, j] = queries[group].astype(np.float64) @ products[start:stop]
         start = stop
     return c
 

@@ -61,32 +61,25 @@ def gradient(model: nn.Module, output: Callable[[nn.Module], Tensor]) -> dict[st
 
 
 def project_two_sided(gradient_oi: Array, output_matrix: Array, input_matrix: Array) -> Array:
-    """P_o G P_i^T, flattened row by row, one inner product at a time."""
-    features = np.zeros((len(output_matrix), len(input_matrix)))
-    for a, output_row in enumerate(output_matrix.astype(np.float64)):
-        for b, input_row in enumerate(input_matrix.astype(np.float64)):
-            features[a, b] = output_row @ gradient_oi @ input_row
-    return features.reshape(-1)
+    """P_o G P_i^T, flattened row by row."""
+    return np.asarray(output_matrix.astype(np.float64) @ gradient_oi @ input_matrix.astype(np.float64).T).reshape(-1)
 
 
 def project_dense(vector: Array, tile: Array, row_signs: Array, column_signs: Array) -> Array:
     """P g with P[a, c] = r[a, t] B[a, c - start of t] s[c] / sqrt(k), in the tile t that column c lies in."""
     features, width = tile.shape
-    result = np.zeros(features)
-    for a in range(features):
-        for c, value in enumerate(vector):
-            t, within = divmod(c, width)
-            result[a] += float(row_signs[a, t]) * float(tile[a, within]) * float(column_signs[c]) * value
-    return result / math.sqrt(features)
+    t, within = np.divmod(np.arange(len(vector)), width)
+    matrix = row_signs[:, t].astype(np.float64) * tile[:, within] * column_signs
+    return np.asarray(matrix @ vector / math.sqrt(features))
 
 
 def project_sparse(vector: Array, words: Sequence[Array], features: int) -> Array:
     """Each coordinate goes to one feature for each draw of 32 bits: the highest is the sign, the others choose."""
     result = np.zeros(features)
     for draw in words:
-        for value, bits in zip(vector, draw, strict=True):
-            sign = 1 if int(bits) >= 2**31 else -1
-            result[(int(bits) % 2**31) * features // 2**31] += sign * value
+        assert len(draw) == len(vector)
+        bits = draw.astype(np.int64)
+        np.add.at(result, (bits % 2**31) * features // 2**31, np.where(bits >= 2**31, 1, -1) * vector)
     return result / math.sqrt(len(words))
 
 

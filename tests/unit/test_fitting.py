@@ -28,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
-def encoder(folder: Path) -> Representation:
+def encoder(folder: Path, device: str = "cpu") -> Representation:
     splits = {"train": {"rows": 3}, "learn": {"rows": 1}, "eval": {"rows": 1}}
     data = DataSection.model_validate({"source": "nowhere", "length": CONTEXT, **splits})
     return cast(
-        Representation, TextEncoder(ModelSection(adapter="text_encoder", source=str(folder)), data, 0).load("cpu")
+        Representation, TextEncoder(ModelSection(adapter="text_encoder", source=str(folder)), data, 0).load(device)
     )
 
 
@@ -75,6 +75,31 @@ def test_held_out_subsets_are_ranked_better_the_longer_it_trains(
     assert fitted.accuracies[fitted.best] == max(fitted.accuracies)
     assert fitted.accuracies[fitted.best] > fitted.accuracies[0] + 0.2
     assert len(fitted.accuracies) == 1 + settings.epochs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_training_on_a_gpu_goes_as_on_the_cpu_and_either_goes_on_from_the_others_checkpoint(
+    folder: Path, layers: int
+) -> None:
+    settings = replace(SETTINGS, layers=layers, epochs=3)
+    whole, halfway = {}, {}
+    for device in ("cpu", "cuda"):
+        fitting = Fitting(encoder(folder, device), lesson(folder), settings, seed=1)
+        fitted = fitting.begin()
+        for reached in fitting.go_on(fitted):
+            fitted = reached
+            if len(fitted.accuracies) == 2:
+                halfway[device] = replace(fitted, accuracies=[*fitted.accuracies], tensors={**fitted.tensors})
+        whole[device] = fitted.accuracies
+
+    assert whole["cuda"] == pytest.approx(whole["cpu"], abs=0.01)
+    for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        fitting = Fitting(encoder(folder, device), lesson(folder), settings, seed=1)
+        (*_, fitted) = fitting.go_on(halfway[other])
+        assert fitted.accuracies == pytest.approx(whole[device], abs=0.01)
+        assert next(fitting.best(fitted).parameters()).device.type == device
 
 
 def test_how_large_the_encoders_states_are_makes_no_difference(folder: Path) -> None:

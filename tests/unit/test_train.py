@@ -106,6 +106,15 @@ def test_a_language_model_is_made_of_a_base_and_written_as_a_folder(
     with torch.no_grad():
         assert adapter.outputs(model, examples).mean().item() == pytest.approx(told["output"]["eval"], rel=1e-4)
 
+    (tmp_path / "model").rename(tmp_path / "moved")
+    moved = read_spec(run)
+    moved = moved.model_copy(update={"training": moved.training.model_copy(update={"base": str(tmp_path / "moved")})})
+    assert [row["kept"] for row in train_model(moved, QUIET)] == [True]
+    config = tmp_path / "moved" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(ContractError, match=r"trained was made with other settings:\n.*base: store has"):
+        train_model(moved, QUIET)
+
 
 def test_a_diffusion_model_sees_random_noise_at_random_timesteps_and_learns(tmp_path: Path) -> None:
     with on_path(tmp_path) as module:

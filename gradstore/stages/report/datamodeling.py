@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradstore.errors import GradstoreError, NotReadyError
+from gradstore.errors import DataError, GradstoreError, NotReadyError
 from gradstore.stages.evaluate import compared_predictions
-from gradstore.stages.featurize.tables import MARGIN
+from gradstore.stages.retraining import averaged, folder_of
 from gradstore.stages.score.sources import Method
 from gradstore.store.artifacts import RetrainedArtifact
 from gradstore.store.backend import Storage
@@ -60,22 +60,16 @@ def compared_two_way(
 
 def _outputs(store: FeatureStore, name: str, subsets: int, seeds: int) -> np.ndarray | None:
     """[S, R]: what models of a name output, larger is better, the mean of the seeds of every subset; None if one is missing."""
+    places = [folder_of(place) for place in product(range(subsets), range(seeds))]
     for storage in _keepers(store):
         try:
-            last = RetrainedArtifact.open(storage, name, f"{subsets - 1:06d}.{seeds - 1}")
-            places = [f"{subset:06d}.{seed}" for subset, seed in product(range(subsets), range(seeds))]
-            found = in_parallel(partial(_of_model, storage, name), places, threads=storage.concurrency)
-        except NotReadyError:
+            # The last one first: where it is missing there is no need to look for the others.
+            RetrainedArtifact.open(storage, name, places[-1])
+            of_name = partial(RetrainedArtifact.open, storage, name)
+            return averaged(in_parallel(of_name, places, threads=storage.concurrency), seeds)["eval"]
+        except (NotReadyError, DataError):
             continue
-        if len({len(outputs_R) for outputs_R in found}) == 1:
-            sign = 1.0 if last.settings["output"] == MARGIN else -1.0
-            return np.asarray(sign * np.stack(found).reshape(subsets, seeds, -1).mean(1))
     return None
-
-
-def _of_model(storage: Storage, name: str, place: str) -> np.ndarray:
-    table = RetrainedArtifact.open(storage, name, place).read()
-    return np.asarray(table.filter(pc.equal(table["set"], "eval"))["output"].to_numpy())
 
 
 def _keepers(store: FeatureStore) -> Sequence[Storage]:

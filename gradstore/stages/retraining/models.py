@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from gradstore.adapters.locations import resolve_location
-from gradstore.adapters.training import FINE_TUNE, outputs_of, resolve_trainer, trainer_settings
+from gradstore.adapters.training import FINE_TUNE, hash_of_base, outputs_of, resolve_trainer, trainer_settings
 from gradstore.cluster import Engine, Task
 from gradstore.errors import DataError, SupersededError
 from gradstore.plan.resolve import make_adapter, resolve_device
-from gradstore.spec import RunSpec, content_hash
+from gradstore.spec import RunSpec
 from gradstore.stages.contributions import valid_rows_of
 from gradstore.stages.featurize.tables import MARGIN
 from gradstore.stages.progress import Progress
 from gradstore.stages.reading import examples_at
 from gradstore.store.artifacts import RetrainedArtifact
+from gradstore.store.blocks import in_parallel
 from gradstore.store.codecs import plain
 from gradstore.store.examples import Example
 from gradstore.store.features import FeatureStore
@@ -173,7 +172,7 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], model: Asked) -> Non
         return
     if artifact.settings != plain(model.settings):
         raise SupersededError(
-            f"{artifact.folder}: is of other settings than this task's. Run `gradstore evaluate` again."
+            f"{artifact.folder}: is of other settings than this task's. Run the command that trains it again."
         )
     began = time.monotonic()
     rows = model.subset.among(valid_rows_of(store, "train"), spec.run.seed)
@@ -198,7 +197,7 @@ def train_on_subset(store_url: str, run: Mapping[str, Any], model: Asked) -> Non
 
 def common_settings(spec: RunSpec, asked: str) -> dict[str, Any]:
     """What all models of a name have in common: their trainer, where that begins, the seed of all draws, and what they are asked."""
-    begins = {"start": _hash_of_base(str(spec.training.base))} if spec.training.trainer == FINE_TUNE else {}
+    begins = {"start": hash_of_base(spec.training.base)} if spec.training.trainer == FINE_TUNE else {}
     return {
         **trainer_settings(spec.training.trainer, spec.training.options),
         **begins,
@@ -207,37 +206,33 @@ def common_settings(spec: RunSpec, asked: str) -> dict[str, Any]:
     }
 
 
-def _hash_of_base(base: str) -> str:
-    """Hash of the files of a model that training begins with, or of a hub id: a folder may be elsewhere on another machine."""
-    place = Path(resolve_location(base, "training.base"))
-    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else []
-    if not files:
-        return content_hash(base)
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(
-                f"{file.relative_to(place)}|{hashlib.file_digest(opened, hashlib.blake2b).hexdigest()}|".encode()
-            )
-    return digest.hexdigest()
-
-
 def output_of(spec: RunSpec, store: FeatureStore) -> str:
     """The output function of which retrained models are asked, unless the run says otherwise."""
     return _ERROR if spec.model.adapter == "diffusion" else str(store.contract["model"]["output"])
 
 
 def averaged(artifacts: Sequence[RetrainedArtifact], seeds: int) -> dict[str, np.ndarray]:
-    """By query set, [S, Q]: what the models of artifacts output, larger is better, the mean of the seeds of every subset.
+    """Return, by query set, [S, Q]: what the models of artifacts output, larger is better, the mean of the seeds of every subset.
 
     Artifacts come subset by subset.
+
+    Raises
+    ------
+    DataError
+        If models output something of different numbers of queries.
     """
     sign = 1.0 if artifacts[0].settings["output"] == MARGIN else -1.0
-    tables = [artifact.read() for artifact in artifacts]
+    tables = in_parallel(RetrainedArtifact.read, artifacts, threads=artifacts[0].storage.concurrency)
     found = {}
     for name in QUERY_SETS:
-        stacked = np.stack([_of_set(table, name) for table in tables])
-        found[name] = sign * stacked.reshape(-1, seeds, stacked.shape[1]).mean(1)
+        of_models = [table.filter(pc.equal(table["set"], name))["output"].to_numpy() for table in tables]
+        if len({len(of_model) for of_model in of_models}) > 1:
+            folder = artifacts[0].folder.rpartition("/")[0]
+            raise DataError(
+                f"{folder}: its models output something of different numbers of queries of {name}. Remove them with `gradstore prune`, and "
+                "train them again."
+            )
+        found[name] = sign * np.stack(of_models).reshape(-1, seeds, len(of_models[0])).mean(1)
     return found
 
 
@@ -252,10 +247,3 @@ def _outputs(adapter: Adapter, model: nn.Module, store: FeatureStore, name: str)
             f"{name}: a retrained model outputs no finite number for the queries {strange[:5]}. Train it otherwise."
         )
     return found
-
-
-def _of_set(table: pa.Table, name: str) -> np.ndarray:
-    chosen = [
-        value for of, value in zip(table["set"].to_pylist(), table["output"].to_pylist(), strict=True) if of == name
-    ]
-    return np.array(chosen)
