@@ -127,7 +127,13 @@ def train(
         if "output" in model:
             told = "mean output: " + ", ".join(f"{name} {value:.4g}" for name, value in model["output"].items())
         else:
-            told = f"ranks {model['accuracy']:.1%} of pairs of subsets that were held out, {model['accuracy_before']:.1%} before"
+            gain, low, high = (100 * model["gain"][key] for key in ("mean", "low", "high"))
+            told = (
+                f"ranks {model['accuracy']:.1%} of pairs of subsets that were held out, {model['accuracy_before']:.1%} before: "
+                f"{gain:+.1f} points, [{low:+.1f}, {high:+.1f}] with 95 % confidence"
+            )
+            if low <= 0:
+                told += "; what is held out tells no gain: give more subsets, learn queries or layers, or take the encoder as it was"
         typer.echo(f"{model['model']}: {done}; {told}")
 
 

@@ -153,6 +153,7 @@ def _fit(
     settings: FittingSettings,
     run: tuple[RunSpec, Progress],
 ) -> tuple[nn.Module, dict[str, Any]]:
+    from gradstore.numerics.metrics import mean_interval
     from gradstore.numerics.representation.fitting import Fitting
 
     spec, progress = run
@@ -163,8 +164,14 @@ def _fit(
         fitted = _to_the_end(fitting, fitted, checkpoint, advance)
         # An early end is an end.
         advance(settings.epochs - (len(fitted.accuracies) - 1))
-    accuracies = {"accuracy_before": fitted.accuracies[0], "accuracy": fitted.accuracies[fitted.best]}
-    return fitting.best(fitted), {**accuracies, "epoch": fitted.best, "epochs": len(fitted.accuracies) - 1}
+    told = {
+        "accuracy_before": fitted.accuracies[0],
+        "accuracy": fitted.accuracies[fitted.best],
+        "gain": mean_interval(fitted.gains(), seed=spec.run.seed)._asdict(),
+        "epoch": fitted.best,
+        "epochs": len(fitted.accuracies) - 1,
+    }
+    return fitting.best(fitted), told
 
 
 def _to_the_end(fitting: Fitting, fitted: Fitted, checkpoint: _Checkpoint, advance: Any) -> Fitted:

@@ -75,6 +75,9 @@ def test_held_out_subsets_are_ranked_better_the_longer_it_trains(
     assert fitted.accuracies[fitted.best] == max(fitted.accuracies)
     assert fitted.accuracies[fitted.best] > fitted.accuracies[0] + 0.2
     assert len(fitted.accuracies) == 1 + settings.epochs
+    gains = fitted.gains()
+    assert len(gains) == round(settings.held_out * QUERIES)
+    assert np.mean(gains) == pytest.approx(fitted.accuracies[fitted.best] - fitted.accuracies[0])
 
 
 @pytest.mark.gpu

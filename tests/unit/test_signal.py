@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,6 +224,8 @@ def test_an_encoder_is_trained_once_and_its_pooled_scores_are_measured_by_the_at
     spec = represented(copied)
     (told,) = train_model(spec, QUIET)
     assert (told["kept"], told["queries"], told["subsets"]) == (False, QUERIES, SUBSETS)
+    assert told["gain"]["mean"] == pytest.approx(told["accuracy"] - told["accuracy_before"])
+    assert told["gain"]["low"] <= told["gain"]["mean"] <= told["gain"]["high"]
     assert {path.name for path in (copied / "trained").iterdir()} >= {"modules.json", "2_Dense", "tokenizer.json"}
     assert [path.name for path in copied.glob("trained.*")] == ["trained.training.json"]
     (again,) = train_model(spec, QUIET)
@@ -357,4 +360,7 @@ def test_commands_tell_what_was_made(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    assert "of pairs of subsets that were held out" in capsys.readouterr().out
+    assert re.search(
+        r"of pairs of subsets that were held out, \d+\.\d% before: [+-]\d+\.\d points, \[.*\] with 95 % confidence",
+        capsys.readouterr().out,
+    )

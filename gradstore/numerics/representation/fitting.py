@@ -1,5 +1,6 @@
 """Training an encoder to rank subsets as models do that were trained on them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -18,6 +19,8 @@ from gradstore.numerics.representation.ranking import ranking_loss
 
 _BATCH: Final = 32
 _START: Final = "start"
+_BEST: Final = "best"
+_ACCURACY: Final = "accuracy"
 # Learning rate of the encoder's own layers, in parts of that of the linear layer.
 _OWN: Final = 0.1
 
@@ -103,7 +106,8 @@ class Fitted:
     best
         The epoch of the highest, 0 for the start.
     tensors
-        What was trained, as it is and as it was at its best, and the state of the optimizer.
+        What was trained, as it is and as it was at its best, and the state of the optimizer; and the accuracy of every held-out
+        query at the start and at its best, NaN of one whose outcomes are equal.
     """
 
     accuracies: list[float] = field(default_factory=list)
@@ -114,6 +118,11 @@ class Fitted:
         """Whether no epoch follows."""
         epochs = len(self.accuracies) - 1
         return epochs >= settings.epochs or epochs - self.best >= settings.patience
+
+    def gains(self) -> list[float]:
+        """By how much the accuracy of held-out queries is higher at its best than at the start, of those that have one."""
+        found: list[float] = (self.tensors[f"{_BEST}.{_ACCURACY}"] - self.tensors[f"{_START}.{_ACCURACY}"]).tolist()
+        return [gain for gain in found if math.isfinite(gain)]
 
 
 class Fitting:
@@ -172,8 +181,10 @@ class Fitting:
 
     def begin(self) -> Fitted:
         """Return what there is before the first epoch."""
-        fitted = Fitted(accuracies=[self._accuracy()])
-        self._keep(fitted, self._optimizer(), best=True)
+        of_queries = self._accuracy()
+        fitted = Fitted(accuracies=[float(np.nanmean(of_queries))])
+        fitted.tensors[f"{_START}.{_ACCURACY}"] = torch.from_numpy(of_queries)
+        self._keep(fitted, self._optimizer(), best=of_queries)
         return fitted
 
     def go_on(self, fitted: Fitted) -> Iterator[Fitted]:
@@ -190,15 +201,16 @@ class Fitting:
             epoch = len(fitted.accuracies)
             for queries, subsets in self._batches(epoch):
                 self._step(queries, subsets, optimizer)
-            fitted.accuracies.append(self._accuracy())
+            of_queries = self._accuracy()
+            fitted.accuracies.append(float(np.nanmean(of_queries)))
             if better := fitted.accuracies[-1] > fitted.accuracies[fitted.best]:
                 fitted.best = epoch
-            self._keep(fitted, optimizer, best=better)
+            self._keep(fitted, optimizer, best=of_queries if better else None)
             yield fitted
 
     def best(self, fitted: Fitted) -> Representation:
         """Return the encoder as it was at its best, with its linear layer."""
-        named = {name: fitted.tensors[f"best.{name}"] for name, _ in self._trained()}
+        named = {name: fitted.tensors[f"{_BEST}.{name}"] for name, _ in self._trained()}
         self._load(named)
         dense = nn.Linear(self._start.shape[1], self._start.shape[0], bias=False, device=self._device)
         with torch.no_grad():
@@ -217,13 +229,12 @@ class Fitting:
         torch.autograd.backward(loss)
         optimizer.step()
 
-    def _accuracy(self) -> float:
-        """Ranking accuracy of held-out subsets for held-out queries, the mean of those whose outcomes differ."""
+    def _accuracy(self) -> Float[np.ndarray, " Q"]:
+        """Ranking accuracy of held-out subsets for every held-out query."""
         queries, subsets = self._queries.held, self._subsets.held
         with torch.no_grad():
             predicted = self._predicted(queries, subsets).double().cpu().numpy()
-        found = ranking_accuracy(predicted, self._lesson.outcomes[np.ix_(queries, subsets)])
-        return float(np.nanmean(found))
+        return ranking_accuracy(predicted, self._lesson.outcomes[np.ix_(queries, subsets)])
 
     def _predicted(self, queries: np.ndarray, subsets: np.ndarray) -> Float[Tensor, "q s"]:
         """Pooled scores of some queries and subsets, of whose examples alone there is need."""
@@ -281,12 +292,17 @@ class Fitting:
             lr=settings.learning_rate,
         )
 
-    def _keep(self, fitted: Fitted, optimizer: torch.optim.Optimizer, *, best: bool) -> None:
+    def _keep(self, fitted: Fitted, optimizer: torch.optim.Optimizer, *, best: Float[np.ndarray, " Q"] | None) -> None:
+        """Put down what was trained, also as the best where the accuracy of held-out queries is given."""
         state: Mapping[int, Mapping[str, Tensor]] = optimizer.state_dict()["state"]
         fitted.tensors[_START] = self._start.detach().cpu()
+        if best is not None:
+            fitted.tensors[f"{_BEST}.{_ACCURACY}"] = torch.tensor(best)
         for place, (name, parameter) in enumerate(self._trained()):
             value = parameter.detach().cpu().clone()
-            fitted.tensors |= {f"now.{name}": value} | ({f"best.{name}": value.clone()} if best else {})
+            fitted.tensors[f"now.{name}"] = value
+            if best is not None:
+                fitted.tensors[f"{_BEST}.{name}"] = value.clone()
             fitted.tensors |= {
                 f"adam.{key}.{name}": of.detach().cpu().clone() for key, of in state.get(place, {}).items()
             }
