@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Case:
     size: int
     grouping: Grouping = EVERYTHING
 
-    @property
+    @cached_property
     def groups(self) -> tuple[ParameterGroup, ...]:
         """The groups of the network's parameters."""
         return partition(model_parameters(self.model, ("lm_head",)), self.grouping).groups
