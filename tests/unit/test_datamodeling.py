@@ -122,13 +122,16 @@ def test_a_subset_of_none_or_all_is_refused(share: float) -> None:
 def test_ranks_of_a_resample_are_those_of_the_values_written_out() -> None:
     rng = np.random.default_rng(4)
     first, second = np.round(rng.standard_normal((2, 6, 15)), 1)
-    places = rng.integers(15, size=15)
-    counts = np.bincount(places, minlength=15)
+    drawn = rng.integers(15, size=(3, 15))
+    counts = np.stack([np.bincount(places, minlength=15) for places in drawn])
 
     found = correlations(Ranks(first).centred(counts), Ranks(second).centred(counts), counts)
 
-    written_out = [spearmanr(one[places], other[places]).statistic for one, other in zip(first, second, strict=True)]
-    assert found == pytest.approx(written_out, abs=1e-12)
+    written_out = [
+        [spearmanr(one[places], other[places]).statistic for one, other in zip(first, second, strict=True)]
+        for places in drawn
+    ]
+    assert found == pytest.approx(np.array(written_out), abs=1e-12)
 
 
 def simulated(queries: int, subsets: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """The linear datamodeling score (LDS): how well scores predict the outputs of models trained on subsets."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
@@ -10,6 +11,9 @@ from gradstore.errors import DataError
 from gradstore.numerics.generator import derive_key, permutation, words
 from gradstore.numerics.metrics.intervals import Comparison, comparisons, resamples
 from gradstore.numerics.metrics.ranks import Ranks, correlations
+
+# How many ranks are worked on at once: they fit in a core's cache.
+_TILE: Final = 2**15
 
 
 class DatamodelingScore(NamedTuple):
@@ -105,8 +109,8 @@ def linear_datamodeling_score(
     """
     _refuse_too_few(predicted_QS)
     _refuse_not_finite("actual outputs", actual_SQ)
-    once_S = np.ones(predicted_QS.shape[1], np.int64)
-    found_Q = correlations(Ranks(predicted_QS).centred(once_S), Ranks(actual_SQ.T).centred(once_S), once_S)
+    once_1S = np.ones((1, predicted_QS.shape[1]), np.int64)
+    (found_Q,) = correlations(Ranks(predicted_QS).centred(once_1S), Ranks(actual_SQ.T).centred(once_1S), once_1S)
     return DatamodelingScore(float(found_Q.mean()), found_Q)
 
 
@@ -155,17 +159,21 @@ def _resampled_means(
     """Mean LDS of each of V predictions in every resample of the queries and the subsets."""
     actual, ranks = Ranks(actual_SQ.T), Ranks(np.concatenate(predicted))
     subsets, queries = actual_SQ.shape
-    means = []
-    for places_S, draw_Q in zip(
+    drawn = zip(
         resamples(subsets, what="subsets", seed=seed), resamples(queries, what="queries", seed=seed), strict=True
-    ):
-        counts_S = np.bincount(places_S, minlength=subsets)
-        outputs_QS = actual.centred(counts_S)
-        found = correlations(ranks.centred(counts_S), np.tile(outputs_QS, (len(predicted), 1)), counts_S)
+    )
+    at_once = max(1, _TILE // (len(predicted) * queries * subsets))
+    means = []
+    while tile := [*islice(drawn, at_once)]:
+        counts_rS = np.stack([np.bincount(places_S, minlength=subsets) for places_S, _ in tile])
+        outputs_rQS = actual.centred(counts_rS)
+        found_rQ = correlations(ranks.centred(counts_rS), np.tile(outputs_rQS, (1, len(predicted), 1)), counts_rS)
+        found_rVQ = np.nan_to_num(found_rQ).reshape(len(tile), len(predicted), queries)
         # A resample may be of one subset many times, or of subsets that gave a query the same output.
-        kept = draw_Q[((outputs_QS**2) @ counts_S > 0)[draw_Q]]
-        of_each_VQ = np.nan_to_num(found).reshape(len(predicted), queries)[:, kept]
-        means.append(of_each_VQ.mean(1) if len(kept) else np.full(len(predicted), np.nan))
+        varies_rQ = ((outputs_rQS != 0) & (counts_rS[:, None] > 0)).any(2)
+        for (_, draw_Q), varies_Q, found_VQ in zip(tile, varies_rQ, found_rVQ, strict=True):
+            kept = draw_Q[varies_Q[draw_Q]]
+            means.append(found_VQ[:, kept].mean(1) if len(kept) else np.full(len(predicted), np.nan))
     return np.array(means)
 
 

@@ -85,7 +85,8 @@ def _areas(
     """
     wanted = int(counts_N[wanted_N].sum())
     others = int(counts_N.sum()) - wanted
-    sums_V = ranks.centred(counts_N)[:, wanted_N] @ counts_N[wanted_N].astype(np.float64)
+    (centred_VN,) = ranks.centred(counts_N[None])
+    sums_V = centred_VN[:, wanted_N] @ counts_N[wanted_N].astype(np.float64)
     return np.asarray(sums_V / (wanted * others) + 0.5)
 
 

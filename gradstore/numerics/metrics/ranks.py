@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
+# Q rows of S values, and r resamples of their places.
+
 
 class Ranks:
     """Rows of values, of which the ranks within any resample of their places are known without sorting again.
@@ -20,20 +22,31 @@ class Ranks:
         offsets = np.arange(self._shape[0])[:, None] * self._shape[1]
         self._flat = (self._order_QS + offsets).reshape(-1)
 
-    def centred(self, counts_S: Int64[np.ndarray, " S"]) -> Float64[np.ndarray, "Q S"]:
-        """Ranks less their mean, where place s is there counts_S[s] times; of places that are not, where they would be."""
-        tiled = np.broadcast_to(counts_S, self._shape).reshape(-1)
-        weights = np.bincount(self._flat, weights=tiled, minlength=tiled.size).reshape(self._shape)
+    def centred(self, counts_rS: Int64[np.ndarray, "r S"]) -> Float64[np.ndarray, "r Q S"]:
+        """Ranks less their mean, where place s is there counts_rS[r, s] times; of places that are not, where they would be."""
+        shape = len(counts_rS), *self._shape
+        tiled = np.broadcast_to(counts_rS[:, None], shape).reshape(-1)
+        places = (np.arange(len(counts_rS))[:, None] * self._flat.size + self._flat).reshape(-1)
+        weights = np.bincount(places, weights=tiled, minlength=tiled.size).reshape(shape)
         # Before the values of a rank lie all smaller ones, and of these themselves half.
-        middle = np.cumsum(weights, axis=1) - weights / 2 - counts_S.sum() / 2
-        return np.take_along_axis(middle, self._order_QS, axis=1)
+        middle = np.cumsum(weights, axis=2) - weights / 2 - counts_rS.sum(1)[:, None, None] / 2
+        return np.take_along_axis(middle, self._order_QS[None], axis=2)
 
 
 def correlations(
-    first_QS: Float64[np.ndarray, "Q S"], second_QS: Float64[np.ndarray, "Q S"], counts_S: Int64[np.ndarray, " S"]
-) -> Float64[np.ndarray, " Q"]:
+    first_rQS: Float64[np.ndarray, "r Q S"],
+    second_rQS: Float64[np.ndarray, "r Q S"],
+    counts_rS: Int64[np.ndarray, "r S"],
+) -> Float64[np.ndarray, "r Q"]:
     """Pearson's correlations of rows of centred ranks, each place counted so many times; NaN where a side does not vary."""
-    products_Q = (first_QS * second_QS) @ counts_S
-    squares_Q = ((first_QS**2) @ counts_S) * ((second_QS**2) @ counts_S)
+    products_rQ = _summed(first_rQS * second_rQS, counts_rS)
+    squares_rQ = _summed(first_rQS**2, counts_rS) * _summed(second_rQS**2, counts_rS)
     with np.errstate(invalid="ignore"):
-        return np.where(squares_Q > 0, products_Q / np.sqrt(squares_Q), np.nan)
+        return np.where(squares_rQ > 0, products_rQ / np.sqrt(squares_rQ), np.nan)
+
+
+def _summed(
+    values_rQS: Float64[np.ndarray, "r Q S"], counts_rS: Int64[np.ndarray, "r S"]
+) -> Float64[np.ndarray, "r Q"]:
+    # Quarters of whole numbers: their sums are exact in whichever order.
+    return (values_rQS @ counts_rS[:, :, None].astype(np.float64))[:, :, 0]
